@@ -65,9 +65,11 @@ def choose_devices(name: str) -> list[torch.device]:
     return devices
 
 
-def device_name(device: torch.device) -> str:
-    """The name of a device for the manifest: its kind, and the model of a GPU, on which results depend."""
-    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
+def device_name(*devices: torch.device) -> str:
+    """What a run computes on, for the manifest: the kind of its devices, and the models of GPUs, on which results depend."""
+    if devices[0].type != "cuda":
+        return devices[0].type
+    return f"cuda ({' + '.join(sorted({torch.cuda.get_device_name(device) for device in devices}))})"
 
 
 def as_memory_allows(
@@ -141,7 +143,8 @@ def _trouble(error: RuntimeError, device: torch.device) -> str | None:
     """A note for an error of a GPU after which fewer matrices at a time, or the CPU, may do; None for all others."""
     if isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _FULL):
         return f"{device} has not enough free memory for every matrix: the largest are done on the CPU"
-    if isinstance(error, torch.linalg.LinAlgError) or any(sign in str(error) for sign in _FAILED):
+    unsolved = isinstance(error, torch.linalg.LinAlgError)  # type: ignore[attr-defined]  # not in its list of names
+    if unsolved or any(sign in str(error) for sign in _FAILED):
         return f"the solvers of {device} fail at some matrices: these are done on the CPU"
     return None
 

@@ -226,7 +226,7 @@ def kernel() -> dict[str, str]:
 
 def manifest_without_versions(folder: Path) -> dict[str, Any]:
     parsed: dict[str, Any] = json.loads((folder / "surgery/manifest.json").read_text())
-    return {key: value for key, value in parsed.items() if key not in ("tool", "torch", "sha256")}
+    return {key: value for key, value in parsed.items() if key not in ("tool", "torch", "device", "sha256")}
 
 
 def _write() -> None:

@@ -256,9 +256,27 @@ class _LateGpu:
             self.freed_too_early = False
             raise Race("memory was given back while a stream that it was not made in, and not recorded for, has yet to use it")
 
-    def new_stream(self, device: Any = None, priority: int = 0) -> Stream:
-        self.expect_no_fault("stream")
-        return Stream(device, priority, gpu=self)
+    def stream_class(self) -> type[Stream]:
+        """What stands for ``torch.cuda.Stream``: a class, since others have it in annotations."""
+
+        gpu = self
+
+        class OfThisGpu(Stream):
+            def __init__(self, device: Any = None, priority: int = 0) -> None:
+                gpu.expect_no_fault("stream")
+                super().__init__(device, priority, gpu=gpu)
+
+        return OfThisGpu
+
+    def event_class(self) -> type[Event]:
+        """What stands for ``torch.cuda.Event``."""
+        gpu = self
+
+        class OfThisGpu(Event):
+            def __init__(self, enable_timing: bool = False, blocking: bool = False) -> None:
+                super().__init__(enable_timing, blocking, gpu=gpu)
+
+        return OfThisGpu
 
     def current_stream(self, device: Any = None) -> Stream:
         index = self.index_of(device)
@@ -307,7 +325,7 @@ class _LateGpu:
         if not ours and there is None:
             return self._on_host(func, args, kwargs, tensors)
         refuse_a_mix(name, tensors)
-        self.expect_no_fault(name)
+        self.expect_no_fault(name if there is not None else "to the host")
         self.expect_kept()
         with self.lock:
             return self._on_device(func, args, kwargs, there)
@@ -503,8 +521,8 @@ def late_gpu(
 
     Args:
         cards: the model of each.
-        fault: called with the name of each operation on a device, with ``pin`` for each pinned allocation and with ``stream``
-            for each stream; the error that it gives is raised in its place.
+        fault: called with the name of each operation on a device, with ``to the host`` for each copy from one, ``pin`` for each
+            pinned allocation and ``stream`` for each stream; the error that it gives is raised in its place.
         limits: ``largest``, bytes beyond which an allocation fails.
 
     Returns:
@@ -516,8 +534,8 @@ def late_gpu(
     log = {**new_log(), "pinned": 0, **limits}
     gpu = _LateGpu(log, fault)
     cuda = {
-        "Stream": gpu.new_stream,
-        "Event": lambda enable_timing=False, blocking=False: Event(enable_timing, blocking, gpu=gpu),
+        "Stream": gpu.stream_class(),
+        "Event": gpu.event_class(),
         "current_stream": gpu.current_stream,
         "default_stream": gpu.default_stream,
         "stream": gpu.stream,

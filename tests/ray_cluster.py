@@ -91,6 +91,8 @@ class Told(Silent):
 class Saying:
     """A job that has something to say, in a thread of its lane."""
 
+    needs_like_machines = True
+
     def __call__(self, lane: Lane, attempt: str) -> int:
         for _ in range(2):
             lane.submit(note, "said elsewhere").result()

@@ -1,6 +1,5 @@
-"""Steps of gpu_check.sh: python gpu_check.py ceilings|exact|full|windows|stages|kernels|races. See there."""
+"""Steps of gpu_check.sh: python gpu_check.py ceilings|exact|quantized|full|windows|stages|kernels|races. See there."""
 
-import collections
 import hashlib
 import json
 import os
@@ -8,11 +7,14 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from checkpoints import layer_shapes, llm_like, write_checkpoint
+from batches import planned, solves
+from checkpoints import llm_like, write_checkpoint
 
+REHEARSAL = os.environ.get("REHEARSE") == "1"  # a pretended device, which does all as late as it may, stands for the real one
 DEVICE, TINY = os.environ.get("DEVICE", "cuda"), os.environ.get("SIZE") == "tiny"
 OUT, WORK = Path(os.environ.get("OUT", "gpu-out")), Path(os.environ.get("WORK", "gpu-work"))
 ROOT = Path.cwd()
@@ -72,7 +74,7 @@ def weights_of(folder):
 
 def ceilings():
     """What the machine can do: the denominators of everything else."""
-    if CUDA:
+    if CUDA and not REHEARSAL:
         print(
             subprocess.run(
                 [
@@ -285,8 +287,8 @@ def exact():
 
 def full():
     """Another process has taken the device's memory: the run ends, with a warning, and is right."""
-    if not CUDA:
-        print("nothing to fill on a CPU")
+    if not CUDA or REHEARSAL:
+        print("nothing to fill without a GPU")
         return
     model, out = WORK / "model-full", WORK / "f-full"
     write_checkpoint(model, 3e8, 2048, shard_bytes=3e8)
@@ -311,33 +313,24 @@ def full():
     raise SystemExit(0 if "all is as" in text else 1)
 
 
-def batches():
-    """What an 8B model's windows of 512 MiB hold, in the order of its files: (shape, how many) of each call of the solver."""
-    hidden, layers = (256, 2) if TINY else (4096, 32)
-    window, held = [], 0
-    for _ in range(layers):
-        for shape in layer_shapes(hidden).values():
-            window.append(shape)
-            held += 2 * shape[0] * shape[1]
-            if held >= (1 << 20 if TINY else 512 << 20):
-                yield from collections.Counter(window).items()
-                window, held = [], 0
-    yield from collections.Counter(window).items()
-
-
 def windows():
-    """The 224 SVDs of an 8B model as factorize calls them: one thread, then four with a stream each."""
+    """The 224 SVDs of an 8B model in the batches that factorize plans: one thread, then four with a stream each."""
     import surgery
+    from surgery.engine.resources import Resources
 
-    made = {}
-    for shape, count in batches():
-        base = made.setdefault(shape, llm_like(*shape, torch.Generator().manual_seed(0)).bfloat16().to(DEVICE))
-        made[shape, count] = base.expand(count, *shape).contiguous()
-    calls = list(batches())
-    sizes = collections.Counter(count for _, count in calls)
+    total = torch.cuda.get_device_properties(DEVICE).total_memory * 4 // 5 if CUDA else None
+    with planned("8B", Resources("cuda" if CUDA else "cpu", device_memory=total)) as plan:
+        calls = solves(plan, "cuda" if CUDA else "cpu")
+    if TINY:
+        calls = [(min(count, 2), m // 32, n // 32) for count, m, n in calls[:8]]
+    base = {
+        shape: llm_like(*shape, torch.Generator().manual_seed(0)).bfloat16().to(DEVICE)
+        for shape in {call[1:] for call in calls}
+    }
 
     def solve(call):
-        result = surgery.truncated_svd(made[call], 16)
+        count, *shape = call
+        result = surgery.truncated_svd(base[tuple(shape)].expand(count, *shape).contiguous(), 16)
         assert bool(result.certificate.converged.all())
         return result.certificate.residual.max().item()
 
@@ -354,7 +347,7 @@ def windows():
                     call = next(work, None)
                 if call is None:
                     return
-                with torch.cuda.stream(stream):
+                with torch.cuda.stream(stream) if CUDA else nullcontext():
                     worst.append(solve(call))
                     if CUDA:
                         stream.synchronize()
@@ -368,10 +361,50 @@ def windows():
             thread.join()
         sync()
         print(
-            f"{sum(c for _, c in calls)} SVDs in {len(calls)} calls (sizes {dict(sorted(sizes.items()))}), {threads} threads: "
+            f"{sum(call[0] for call in calls)} SVDs in {len(calls)} calls, {threads} threads: "
             f"{time.perf_counter() - start:.2f} s, residual {max(worst):.0e}",
             flush=True,
         )
+
+
+def quantized():
+    """FP8 weights are decoded on the device: --layout overlay there and on the CPU, folds of them, and proofs."""
+    from safetensors.torch import load_file, save_file
+
+    from tests.fp8_models import quantize_model
+
+    write_checkpoint(WORK / "dense", 4e6 if TINY else 2e8, 256 if TINY else 1024, shard_bytes=2e6 if TINY else 1e8)
+    model, block = WORK / "fp8", (16, 16) if TINY else (128, 128)
+    quantize_model(WORK / "dense", model, block=block)
+    bad = []
+    for where, name in ((DEVICE, "there"), ("cpu", "here")):
+        f, device = WORK / f"q-{name}", ("--device", where)
+        cli("factorize", model, "-o", f, *device, "--prove", "--quiet")
+        said = cli("verify", f, "--base", model, "--prove", *device, ok=False)
+        print(f"--- factorized with --prove on {where}:\n{said[-600:]}")
+        if "all is as the manifest says" not in said:
+            bad.append(f"verify --prove on {where}")
+    f = WORK / "q-there"
+    scales = load_file(f / "surgery/scales.safetensors")
+    from safetensors import safe_open
+
+    with safe_open(f / "surgery/scales.safetensors", "pt") as file:
+        metadata = file.metadata()
+    generator = torch.Generator().manual_seed(1)
+    changed = {key: 1 + 0.05 * torch.randn(value.shape, generator=generator) for key, value in scales.items()}
+    save_file(changed, WORK / "changed.safetensors", metadata=metadata)
+    for options in ((), ("--rounding", "nearest"), ("--dequantize",)):
+        for where, name in ((DEVICE, "fold-there"), ("cpu", "fold-here")):
+            out = WORK / name
+            cli(
+                "fold", f, WORK / "changed.safetensors", "--base", model, "-o", out, *options,
+                "--device", where, "--overwrite", "--quiet",
+            )  # fmt: skip
+        same = weights_of(WORK / "fold-there") == weights_of(WORK / "fold-here")
+        print(("ok    " if same else "WRONG ") + f"FP8 fold {' '.join(options) or 'in directions'}: {DEVICE} and CPU")
+        if not same:
+            bad.append(f"fold {options}")
+    raise SystemExit(f"wrong: {bad}" if bad else 0)
 
 
 def stages():
@@ -414,7 +447,9 @@ def kernels():
     factors = Factors(svd.U, svd.s, svd.V)
     parts = split(A, factors)
     g = torch.full((16,), 1.1)
-    activities = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if CUDA else [])
+    activities = [torch.profiler.ProfilerActivity.CPU] + (
+        [torch.profiler.ProfilerActivity.CUDA] if CUDA and not REHEARSAL else []
+    )
     for name, call in {
         "truncated_svd, 2 matrices, k=16": lambda: surgery.truncated_svd(batch, 16),
         "truncated_svd, 2 matrices, k=64": lambda: surgery.truncated_svd(batch, 64),
@@ -440,7 +475,9 @@ def kernels():
         device = sum(e.self_device_time_total for e in averages) / 1e3
         print(f"--- {name}: {1e3 * t:.1f} ms, on the device {device:.1f} ms, launches {launches}, {waits}")
         table = averages.table(
-            sort_by="self_device_time_total" if CUDA else "self_cpu_time_total", row_limit=14, max_name_column_width=60
+            sort_by="self_device_time_total" if CUDA and not REHEARSAL else "self_cpu_time_total",
+            row_limit=14,
+            max_name_column_width=60,
         )
         with open(OUT / "kernels.txt", "a") as file:
             file.write(f"\n{name}: {1e3 * t:.2f} ms\n{table}\n")
@@ -456,7 +493,7 @@ def races():
 
     model = WORK / "model-races"
     write_checkpoint(model, 4e6 if TINY else 2e8, 256 if TINY else 1024, shard_bytes=2e6 if TINY else 5e7)
-    if CUDA:
+    if CUDA and not REHEARSAL:
         import torch.cuda._sanitizer as sanitizer
 
         sanitizer.enable_cuda_sanitizer()
@@ -473,5 +510,19 @@ def races():
     print("no race was seen")
 
 
+STEPS = {step.__name__: step for step in (ceilings, exact, quantized, full, windows, stages, kernels, races)}
+
+
+def run(step):
+    """One step, on the pretended device in a rehearsal of one."""
+    if not REHEARSAL:
+        STEPS[step]()
+        return
+    from tests.late_gpu import late_gpu
+
+    with late_gpu():
+        STEPS[step]()
+
+
 if __name__ == "__main__":
-    {f.__name__: f for f in (ceilings, exact, full, windows, stages, kernels, races)}[sys.argv[1]]()
+    run(sys.argv[1])

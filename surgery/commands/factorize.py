@@ -215,7 +215,7 @@ def factorize(
             planned = make_plan(source, chosen, layout, by.resources, aliases="fetch", train=train)
         for note in planned.notes:
             progress.note(note)
-        factorization = Factorization(source, planned, replace(chosen, recipe=planned.recipe), by.device_name)
+        factorization = Factorization(source, planned, replace(chosen, recipe=planned.recipe), by.device_and_processor)
         with run.uploading(push_to_hub, private=private), run.locked(source.folders()):
             if (out / MANIFEST_FILE).is_file() and not overwrite:
                 manifest = factorization.complete_in(out)

@@ -218,7 +218,9 @@ def fold(
                     submit_files(run.upload, out, [record])
                 publish_folded(run.upload, out, manifest, _changes(report, train))
                 return report
-            run.identify(_identity(checkpoint, update, others, by.device_name, dense.writing))
+            # Scales and cores give the same bytes on every processor; of an adapter LAPACK makes bases first.
+            made_on = by.device_and_processor if any(adapter.tensors() for adapter in adapters) else by.device_name
+            run.identify(_identity(checkpoint, update, others, made_on, dense.writing))
             # The journal is there until the upload is over: a fold keeps no other record to go on with.
             with run.result(written.files(), [weights.files], overwrite=overwrite) as place:
                 places = dataclasses.replace(places, place=place, to_compare=False)

@@ -19,6 +19,7 @@ from surgery.engine.lane import Lane
 from surgery.engine.resources import Memory
 from surgery.errors import ClusterError, MissingExtra, OptionError, SurgeryError
 from surgery.progress import Progress, Silent, heard, note
+from surgery.solvers.processor import processor
 from surgery.timing import Seconds, Timing
 
 #: How often Ray repeats a task after its process or its machine is lost, or after a network error or a timeout.
@@ -29,7 +30,14 @@ _Result_co = TypeVar("_Result_co", covariant=True)
 
 
 class RemoteJob(Protocol[_Result_co]):
-    """The job of one shard, which can be sent to another process and done there."""
+    """The job of one shard, which can be sent to another process and done there.
+
+    Attributes:
+        needs_like_machines: whether the bytes of its result depend on device and processor.
+    """
+
+    @property
+    def needs_like_machines(self) -> bool: ...
 
     def __call__(self, lane: Lane, attempt: str, /) -> _Result_co:
         """Do the job; returns its result, which can be pickled.
@@ -47,6 +55,7 @@ class Cluster:
     Attributes:
         device: the kind of device that the tasks use: ``cuda`` or ``cpu``.
         device_name: for the manifest, see ``surgery.device.device_name``.
+        processor: of one machine, see ``surgery.solvers.processor``.
         cores: of the smallest machine that can do tasks, divided by its GPUs if these are used.
         memory: bytes of host memory for each task; None if Ray does not say.
         device_memory: bytes of a GPU's memory; None without GPUs.
@@ -55,6 +64,7 @@ class Cluster:
 
     device: str
     device_name: str
+    processor: str
     cores: int
     memory: int | None
     device_memory: int | None
@@ -113,17 +123,22 @@ def _cluster(ray: Any, device: str) -> Cluster:
     if with_gpu and device != "cpu":
         cores = min(max(1, int(node["CPU"] // node["GPU"])) for node in with_gpu)
         described = ray.remote(num_gpus=1, num_cpus=0)(_describe)
-        name, device_memory, device_free = ray.get(described.remote())
+        name, its_processor, device_memory, device_free = ray.get(described.remote())
         memory = min(int(node.get("memory", 0) // node["GPU"]) for node in with_gpu)
-        return Cluster("cuda", name, cores, memory or None, device_memory, device_free)
+        return Cluster("cuda", name, its_processor, cores, memory or None, device_memory, device_free)
     cores = min(int(node["CPU"]) for node in nodes)
     memory = min(int(node.get("memory", 0) * cores // node["CPU"]) for node in nodes)
-    return Cluster("cpu", "cpu", cores, memory or None, None, None)
+    its_processor = ray.get(ray.remote(num_cpus=1)(_processor).remote())
+    return Cluster("cpu", "cpu", its_processor, cores, memory or None, None, None)
 
 
-def _describe() -> tuple[str, int, int]:
+def _processor() -> str:
+    return processor()
+
+
+def _describe() -> tuple[str, str, int, int]:
     device = choose_device("cuda")
-    return device_name(device), total_memory([device]), free_memory([device])
+    return device_name(device), processor(), total_memory([device]), free_memory([device])
 
 
 def run_remotely(
@@ -154,9 +169,7 @@ def run_remotely(
         max_retries=_RETRIES,
         retry_exceptions=[ConnectionError, TimeoutError],
     )(_run)
-    waiting = {
-        task.remote(job, cluster.device, memory, max_device_memory, timing is not None): key for key, job in jobs.items()
-    }
+    waiting = {task.remote(job, cluster, memory, max_device_memory, timing is not None): key for key, job in jobs.items()}
     try:
         while waiting:
             finished, _ = ray.wait(list(waiting), num_returns=1)
@@ -210,12 +223,14 @@ def _result(ray: Any, reference: Any) -> _Done[Any]:
     return result
 
 
-def _run(job: RemoteJob[_Result], kind: str, memory: Memory, max_device_memory: int | None, timed: bool) -> _Done[_Result]:
+def _run(
+    job: RemoteJob[_Result], cluster: Cluster, memory: Memory, max_device_memory: int | None, timed: bool
+) -> _Done[_Result]:
     """The body of a task: does one job in a process of Ray.
 
     Args:
         job: to do.
-        kind: of device, ``cpu`` or ``cuda``.
+        cluster: of which this process is one.
         memory: how it is used.
         max_device_memory: bytes of a GPU that torch keeps to; None for no limit.
         timed: whether to measure where the time goes.
@@ -230,9 +245,22 @@ def _run(job: RemoteJob[_Result], kind: str, memory: Memory, max_device_memory: 
 
     @heard
     def do_job(*, progress: Progress) -> _Result:
-        device = choose_device(kind)
+        device = choose_device(cluster.device)
+        if job.needs_like_machines:
+            _check_alike(cluster, device_name(device), processor())
         with exact_arithmetic(), limited([device], max_device_memory), Lane(device, memory, timing) as lane:
             return job(lane, attempt)
 
     result = do_job(progress=said)
     return _Done(result, timing.seconds if timing is not None else {}, time.perf_counter() - begun, said.notes)
+
+
+def _check_alike(cluster: Cluster, its_device: str, its_processor: str) -> None:
+    """Refuse to compute on another kind of machine than the one that the run is recorded as made on."""
+    if (its_device, its_processor) != (cluster.device_name, cluster.processor):
+        raise ClusterError(
+            "the machines of the Ray cluster are not alike, and the last bits of what each makes would be its own",
+            got=f"{its_device}, {its_processor}",
+            expected=f"{cluster.device_name}, {cluster.processor}, as on the first that was asked",
+            hint="take the others out of the cluster, or give all of them the same routines (docs/numerics.md)",
+        )

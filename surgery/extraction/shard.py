@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -81,6 +82,8 @@ class RemoteExtract:
         origin, tuned_origin: where the process takes the weight files of both models from.
         tuned: the part of the tuned model that is needed.
     """
+
+    needs_like_machines: ClassVar[bool] = True
 
     job: ExtractJob
     quantized: Mapping[str, Quantized]

@@ -17,6 +17,8 @@ from surgery.engine.local import JOBS_PER_READER, run_jobs
 from surgery.engine.resources import Memory, Resources
 from surgery.errors import OptionError
 from surgery.memory import available_memory
+from surgery.progress import note
+from surgery.solvers.processor import processor
 from surgery.timing import Timing
 
 if TYPE_CHECKING:
@@ -75,12 +77,14 @@ class Engine(Protocol):
 
     Attributes:
         resources: devices, cores and memory that a run may use.
-        device_name: the kind of device, as the manifest records it.
+        device_name: the kind of device.
+        device_and_processor: what the last bits of decompositions depend on, as the manifest records it.
         files_at_a_time: how many weight files are in use at a time.
     """
 
     resources: Resources
     device_name: str
+    device_and_processor: str
     files_at_a_time: int
 
     def run(self, jobs: ShardJobs[_Result], which: Sequence[int], memory: Memory) -> Generator[tuple[int, _Result], None, None]:
@@ -107,7 +111,13 @@ class LocalEngine:
         self._max_device_memory = max_device_memory
         self._timing = timing
         self.resources = _resources(self._devices, max_memory, max_device_memory)
-        self.device_name = device_name(self._devices[0])
+        self.device_name = device_name(*self._devices)
+        self.device_and_processor = f"{self.device_name}, {processor()}"
+        if " + " in self.device_name:
+            note(
+                f"these GPUs are not alike: {self.device_name}. Which of them does which shard, and so the last bits of "
+                "factors, differs from run to run; --device cuda:0 takes one"
+            )
         self.files_at_a_time = len(self._devices) + 1
 
     def run(self, jobs: LocalJobs[_Result], which: Sequence[int], memory: Memory) -> Generator[tuple[int, _Result], None, None]:
@@ -144,6 +154,7 @@ class RayEngine:
             cluster.device, 1, cluster.cores, memory, max_memory is not None, device_memory, cluster.device_free
         )
         self.device_name = cluster.device_name
+        self.device_and_processor = f"{cluster.device_name}, {cluster.processor}"
         self.files_at_a_time = 1
 
     def run(self, jobs: ShardJobs[_Result], which: Sequence[int], memory: Memory) -> Generator[tuple[int, _Result], None, None]:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -80,6 +81,8 @@ class RemoteShard:
         out: the output folder of the run.
         place: the folder that is written to: ``out``, or one inside of it.
     """
+
+    needs_like_machines: ClassVar[bool] = True
 
     shard: ShardPlan
     index: int

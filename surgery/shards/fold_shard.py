@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 
@@ -70,6 +71,8 @@ class RemoteFold:
         writing: how they are written.
         places: where the result is written to.
     """
+
+    needs_like_machines: ClassVar[bool] = False
 
     shard: SourceShard
     checkpoint: SentCheckpoint

@@ -160,7 +160,7 @@ def spectra(
         journal = place = None
         if out is not None:
             run = stack.enter_context(Run(out))
-            run.identify(_identity(source, other, plan, recorded, engine.device_name))
+            run.identify(_identity(source, other, plan, recorded, engine.device_and_processor))
             stack.enter_context(run.locked(()))
             place = stack.enter_context(run.files_together(_FILES, overwrite=overwrite))
             journal = run.journal
@@ -168,7 +168,7 @@ def spectra(
         report = SpectraReport(
             tool=f"surgery {__version__}",
             torch=torch.__version__,
-            device=engine.device_name,
+            device=engine.device_and_processor,
             base=_named(source),
             tuned=None if other is None else _named(other),
             options=recorded,

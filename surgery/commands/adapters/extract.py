@@ -233,7 +233,7 @@ def extract(
             extraction = Extraction(source, other, asked, by.resources, aliases="fetch")
         for note in extraction.plan.notes:
             progress.note(note)
-        identity = extraction.identity(by.device_name)
+        identity = extraction.identity(by.device_and_processor)
         with (
             run.uploading(push_to_hub, private=private),
             run.locked([*source.folders(), *other.folders()]),

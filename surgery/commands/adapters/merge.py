@@ -231,7 +231,7 @@ def merge(
                     submit_files(run.upload, out, [record])
                 _publish(run, out, report, written, merging)
                 return report
-            run.identify(merging.identity(by.device_name))
+            run.identify(merging.identity(by.device_and_processor))
             with run.result(written.files(), [source], overwrite=overwrite) as place:
                 jobs = FoldJobs(
                     checkpoint, merging.update, merging.dense, replace(places, place=place, to_compare=False), timing
