@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from surgery.memory import scratch
-from surgery.solvers.lanczos import KrylovBasis
+from surgery.solvers.deferred import krylov_basis
 from surgery.solvers.operator import Operator, widened
 from surgery.solvers.product import leading_dimension
 from surgery.solvers.random import generator_of
@@ -162,7 +162,7 @@ def _largest(operator: Operator, seed: int) -> float:
     """The largest singular value of a matrix, or a few per cent more: the largest Ritz value and its residual."""
     if operator.short <= _DENSE:
         return float(torch.linalg.svdvals(widened(operator.matrices[0]))[0])
-    basis = KrylovBasis(operator, limit=_STEPS * _BLOCK, block=_BLOCK, seed=seed)
+    basis = krylov_basis(operator, limit=_STEPS * _BLOCK, block=_BLOCK, seed=seed)
     basis.begin(None)
     for _ in range(_STEPS):
         basis.step()

@@ -12,7 +12,8 @@ from typing import Literal
 
 import torch
 
-from surgery.solvers.lanczos import KrylovBasis, basis_limit, block_size, iterate, worst_residuals
+from surgery.solvers.deferred import krylov_basis
+from surgery.solvers.lanczos import basis_limit, block_size, iterate, worst_residuals
 from surgery.solvers.operator import Operator
 from surgery.solvers.triplets import Solution, Triplets, clustered, engine, from_pairs, solve
 
@@ -84,7 +85,7 @@ def nearly_best(operator: Operator, norms: torch.Tensor, k: int, goal: Goal, see
 
 
 def _iterated(operator: Operator, norms: torch.Tensor, k: int, goal: Goal, block: int, seed: int) -> list[NearlyBest]:
-    basis = KrylovBasis(operator, limit=basis_limit(k, block), block=block, seed=seed)
+    basis = krylov_basis(operator, limit=basis_limit(k, block), block=block, seed=seed)
     basis.begin(None)
     eps = torch.finfo(operator.matrices.dtype).eps
     excess = torch.full_like(norms, math.inf)

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.memory import scratch
-from surgery.solvers.operator import Operator, wide_device, widened
+from surgery.solvers.deferred import krylov_basis
+from surgery.solvers.krylov import KrylovBasis
+from surgery.solvers.operator import Operator
 from surgery.solvers.product import LARGE
-from surgery.solvers.random import generator_of
 
 MAX_PASSES = 400
 
@@ -32,9 +32,6 @@ _SPARE_ROWS = 64
 #: A value after the wanted ones may lie above its estimate by this many of its residuals, and by so many units of rounding.
 BEYOND_RESIDUAL = 2.0
 _ROUNDING = 4
-
-#: A direction is noise if its part outside the basis is below this multiple of the norm of B times its image's length.
-_NOISE = 3e-7
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +100,7 @@ def block_lanczos(
         seed: of the random rows, drawn on the CPU; each matrix gets the same ones, whatever batch it is in.
         start: (B, b, short) orthonormal rows to begin from, b <= ``block``, by descending value.
     """
-    basis = KrylovBasis(operator, limit=basis_limit(k, block), block=block, seed=seed)
+    basis = krylov_basis(operator, limit=basis_limit(k, block), block=block, seed=seed)
     basis.begin(start)
     eps = torch.finfo(operator.matrices.dtype).eps
     return iterate(basis, k, lambda values, residuals: worst_residuals(values, residuals, k, tolerance, eps))
@@ -175,184 +172,3 @@ class _CheckSchedule:
             wait = max(wait, 0.4 * math.log(worst) / decay)  # the decay becomes faster and faster
         self._seen = (self._steps, worst)
         self._next = self._steps + max(1, min(8, math.floor(wait)))
-
-
-class KrylovBasis:
-    """Orthonormal bases of Krylov spaces, their images, and the projections of C on them."""
-
-    def __init__(self, operator: Operator, *, limit: int, block: int, seed: int) -> None:
-        self.operator = operator
-        self.block = block
-        matrices = operator.matrices
-        count = len(operator)
-        self.limit = min(limit, operator.short)
-        rows = self.limit + block
-        self._rows = scratch("basis", (count, rows, operator.short), matrices.dtype, matrices.device)
-        self._images = scratch("images", (count, self.limit, operator.long), matrices.dtype, matrices.device)
-        self._wide = wide_device(matrices)
-        self._projected = torch.zeros(count, rows, rows, dtype=torch.float64, device=self._wide)
-        self._coupling = torch.zeros(count, 0, 0, dtype=torch.float64, device=self._wide)
-        self._top = torch.zeros(count, 1, dtype=torch.float64, device=self._wide)  # longest image so far
-        # One generator for each matrix: its random rows must not depend on the other matrices of the batch.
-        self._generators = [generator_of(seed) for _ in range(count)]
-        self.size = 0  # rows already multiplied by C
-        self._pending = 0  # orthonormal rows behind them, yet to be multiplied
-        self._last = 0  # rows multiplied in the last step
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether the basis spans the whole space, so that nothing is left to find."""
-        return self._pending == 0
-
-    def begin(self, start: torch.Tensor | None) -> None:
-        """Begin with ``start`` and random rows after it. The order is kept: mixing rows would lose small values in rounding."""
-        width = min(self.block, self.limit) - (0 if start is None else start.shape[1])
-        more = torch.stack([self._random(i, width) for i in range(len(self.operator))])
-        start = more if start is None else torch.cat([start, more], dim=1)
-        self._append(start, torch.zeros(start.shape[:2], dtype=torch.float64, device=self._wide))
-
-    def step(self) -> None:
-        """Multiply the pending rows by C and orthonormalise the result into the next ones."""
-        first, stop = self.size, self.size + self._pending
-        images = self.operator.to_long(self._rows[:, first:stop])
-        self._images[:, first:stop] = images
-        products = self.operator.to_short(images)
-        self.size, self._last = stop, self._pending
-        known = self._rows[:, :stop]
-        coefficients = torch.bmm(products, known.mT)
-        products = torch.baddbmm(products, coefficients, known, alpha=-1)
-        projected = widened(coefficients)
-        # The diagonal holds the squared lengths of the images. The rounding error of a product is proportional to the
-        # length of its own image and to the norm of B.
-        lengths = projected.diagonal(first, 1, 2).clamp(min=0).sqrt()
-        self._top = torch.maximum(self._top, lengths.amax(dim=1, keepdim=True))
-        noise = _NOISE * self._top * lengths
-        # Only the lower triangle is set, since eigh reads nothing else.
-        self._projected[:, first:stop, :stop] = projected + self._append(products, noise)
-
-    def ritz(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Ritz values (B, size), descending, their coefficients (columns) and residual norms; float64, on the CPU."""
-        values, vectors = torch.linalg.eigh(self._projected[:, : self.size, : self.size].cpu())
-        values, vectors = values.flip(1), vectors.flip(2)
-        residuals = (self._coupling.cpu().mT @ vectors[:, self.size - self._last :]).norm(dim=1)
-        return values, vectors, residuals
-
-    def combine(self, coefficients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, size, c) coefficients -> (B, c, short) rows and (B, c, long) images."""
-        turned = coefficients.mT.to(self._rows.dtype).to(self._rows.device)
-        return turned @ self._rows[:, : self.size], turned @ self._images[:, : self.size]
-
-    def restart(self, values: torch.Tensor, vectors: torch.Tensor, keep: int) -> None:
-        """Shrink the basis to its leading Ritz vectors and go on from the pending rows."""
-        pending = self._rows[:, self.size : self.size + self._pending].clone()
-        self._rows[:, :keep], self._images[:, :keep] = self.combine(vectors[:, :, :keep])
-        self._projected.zero_()
-        self._projected.diagonal(0, 1, 2)[:, :keep] = values[:, :keep]
-        self.size = keep
-        self._append(pending, torch.zeros(pending.shape[:2], dtype=torch.float64, device=self._wide))
-
-    def _append(self, rows: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Orthonormalise ``rows`` (B, b, short), nearly free of the basis, and store them as the next block.
-
-        A direction no longer than the ``noise`` (B, b) of its row is rounding error. Such directions are replaced by
-        random ones, so that the block keeps its width and finds copies of a repeated value; their coupling to the
-        previous block is zero.
-
-        Returns:
-            float64 (B, b, size), the coefficients of that part of ``rows`` that was still in the basis.
-        """
-        room = min(self.block, self.operator.short - self.size)
-        known = self._rows[:, : self.size]
-        self._pending = room
-        if rows.shape[1] == room:
-            block, coupling, still, sound = _orthonormalised(rows, known, noise)
-        else:
-            count, width, short = rows.shape
-            block, sound = rows.new_empty(count, room, short), [room == 0] * count
-            coupling = torch.zeros(count, width, room, dtype=torch.float64, device=self._wide)
-            still = torch.zeros(count, width, self.size, dtype=torch.float64, device=self._wide)
-        for i, done in enumerate(sound):
-            if not done:
-                block[i], coupling[i] = self._repaired(i, rows[i], noise[i], room)
-                still[i] = 0
-        self._rows[:, self.size : self.size + room] = block
-        self._coupling = coupling
-        return still
-
-    def _repaired(self, i: int, rows: torch.Tensor, noise: torch.Tensor, room: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The ``room`` longest directions of ``rows`` (b, short) for matrix i, with random ones in place of noise.
-
-        Returns:
-            (room, short) orthonormal rows and the float64 (b, room) coupling.
-        """
-        known = self._rows[i, : self.size]
-        wide = widened(rows - (rows @ known.T) @ known)
-        # In units of each row's noise, so that a row with much noise does not hide the others.
-        unit = torch.where(noise > 0, noise, 1.0)
-        wide = wide / unit[:, None]
-        values, vectors = torch.linalg.eigh(wide @ wide.T)
-        lengths = values.clamp(min=0).sqrt()
-        least = max(1.0 if noise.any() else 0.0, 1e-14 * lengths.max().item())
-        kept = (lengths > least).nonzero().flatten().flip(0)[:room]
-        coupling = unit[:, None] * (vectors[:, kept] * lengths[kept])
-        block = ((vectors[:, kept] / lengths[kept]).T @ wide).to(rows.dtype).to(rows.device)
-        if len(kept) < room:
-            coupling = torch.nn.functional.pad(coupling, (0, room - len(kept)))
-            block = torch.cat([block, self._random(i, room - len(kept))])
-        for _ in range(2):
-            # Cholesky keeps the order of the rows and hardly changes the first ones, so the coupling stays valid.
-            block = block - (block @ known.T) @ known
-            block = (_inverse_root(_gram(block)) @ widened(block)).to(rows.dtype).to(rows.device)
-        return block, coupling
-
-    def _random(self, i: int, count: int) -> torch.Tensor:
-        rows = torch.randn(count, self.operator.short, generator=self._generators[i], dtype=torch.float32)
-        rows /= rows.norm(dim=1, keepdim=True)
-        return rows.to(self._rows)
-
-
-def _orthonormalised(
-    rows: torch.Tensor, known: torch.Tensor, noise: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[bool]]:
-    """Orthonormalise rows (B, b, short) by Cholesky QR, twice with a projection between; they must be well conditioned.
-
-    Returns:
-        orthonormal rows (B, b, short); float64 coupling (B, b, b) and ``still`` (B, b, size) with
-        ``rows = coupling rows' + still known``; for each matrix, whether that worked.
-    """
-    wide = widened(rows)
-    factor, info = torch.linalg.cholesky_ex(torch.bmm(wide, wide.mT))
-    # Each entry of the diagonal is the length of a row outside the span of those before it.
-    sound = (info == 0) & (factor.diagonal(0, 1, 2) > noise).all(dim=1)
-    eye = torch.eye(factor.shape[1], dtype=torch.float64, device=factor.device).expand_as(factor)
-    if not (all_sound := bool(sound.all())):
-        factor = torch.where(sound[:, None, None], factor, eye)
-    # In float64: the inverse of an ill-conditioned factor would magnify the rounding of a float32 product.
-    inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
-    block = torch.bmm(inverse, wide).to(rows)
-    again = torch.bmm(block, known.mT)
-    block = torch.baddbmm(block, again, known, alpha=-1)
-    wide = widened(block)
-    root, info = torch.linalg.cholesky_ex(torch.bmm(wide, wide.mT))
-    sound &= info == 0
-    block = torch.bmm(torch.linalg.solve_triangular(root, eye, upper=False).to(rows), block)
-    outcome = [True] * len(rows) if all_sound and not info.any() else sound.tolist()
-    return block, torch.bmm(factor, root), torch.bmm(factor, widened(again)), outcome
-
-
-def _inverse_root(gram: torch.Tensor) -> torch.Tensor:
-    """T with ``T gram T^T = I``, from Cholesky, or from eigenvectors where rounding has made gram indefinite."""
-    factor, info = torch.linalg.cholesky_ex(gram)
-    if info.item() == 0:
-        eye = torch.eye(len(factor), dtype=torch.float64, device=gram.device)
-        inverse: torch.Tensor = torch.linalg.solve_triangular(factor, eye, upper=False)
-    else:
-        values, vectors = torch.linalg.eigh(gram)
-        inverse = (vectors / values.clamp(min=1e-14 * values[-1].item()).sqrt()).T
-    return inverse
-
-
-def _gram(rows: torch.Tensor) -> torch.Tensor:
-    """float64 ``rows rows^T``."""
-    wide = widened(rows)
-    return wide @ wide.T
