@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from surgery.format.scales.reading import ScalesFile
     from surgery.linalg.energy import energy_svd
     from surgery.linalg.svd import Certificate, TruncatedSVD, truncated_svd
+    from surgery.linalg.top_k import TopK
     from surgery.lossless.factors import Factors
     from surgery.planning.plan import Plan
     from surgery.planning.recipes import RecipesReport, recipes
@@ -111,6 +112,7 @@ _HOMES = {
     "SpectraReport": "surgery.study.spectra",
     "SurgeryError": "surgery.errors",
     "SurgeryWarning": "surgery.errors",
+    "TopK": "surgery.linalg.top_k",
     "TruncatedSVD": "surgery.linalg.svd",
     "VerifyReport": "surgery.commands.verify",
     "WeightError": "surgery.errors",
@@ -186,6 +188,7 @@ __all__ = [
     "SpectraReport",
     "SurgeryError",
     "SurgeryWarning",
+    "TopK",
     "TruncatedSVD",
     "VerifyReport",
     "WeightError",

@@ -75,6 +75,7 @@ assert_type(surgery.recipes(), surgery.RecipesReport)
 svd = surgery.truncated_svd(torch.randn(8, 6), 2)
 assert_type(svd, surgery.TruncatedSVD)
 assert_type(svd.certificate, surgery.Certificate)
+assert_type(svd.certificate.top_k, surgery.TopK | tuple[surgery.TopK, ...])
 assert_type(svd.certificate.converged, torch.Tensor)
 assert_type(surgery.energy_svd(torch.randn(8, 6), 0.5, max_rank=4).s, torch.Tensor)
 

@@ -9,7 +9,8 @@ import torch
 
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError
-from surgery.linalg.svd import TruncatedSVD, truncated_svd
+from surgery.linalg.svd import TruncatedSVD, proven_svd, truncated_svd
+from surgery.linalg.top_k import TopK
 from surgery.lossless.rounding import check_dense
 from surgery.solvers.limits import DEFAULT_TOLERANCE, check_energy
 
@@ -21,7 +22,7 @@ _ROUNDING = 8
 
 @on_its_own_terms
 def energy_svd(
-    A: torch.Tensor, energy: float, *, max_rank: int, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0
+    A: torch.Tensor, energy: float, *, max_rank: int, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0, prove: bool = False
 ) -> TruncatedSVD:
     """The fewest leading singular triplets whose squared values make up ``energy`` of the squared Frobenius norm.
 
@@ -32,7 +33,7 @@ def energy_svd(
         A: (m, n), any real floating dtype, any device.
         energy: share, above 0 and at most 1.
         max_rank: the most triplets, even if they do not reach the share; at least 1. Above min(m, n) it counts as that.
-        tolerance, seed: see ``truncated_svd``.
+        tolerance, seed, prove: see ``truncated_svd``.
 
     Returns:
         k <= max_rank triplets. Whether they reach the share is in their values: compare ``s.square().sum()`` with
@@ -49,13 +50,20 @@ def energy_svd(
     k = min(FIRST_RANK, limit)
     while True:
         svd = truncated_svd(A, k, tolerance=tolerance, seed=seed)
-        if not (norm := svd.norm.item()):
+        if not svd.norm.item():
             return _cut(svd, 1)
-        shares = (svd.s.double().cpu() / norm).square()
-        rank, found = least_rank(shares, energy, limit, svd.s.dtype)
+        rank, found = _least_rank(svd, energy, limit)
+        if found and prove:
+            svd = proven_svd(A, svd, tolerance=tolerance, seed=seed)
+            rank, found = _least_rank(svd, energy, limit)  # of other values, if some had been missed
         if found:
             return _cut(svd, rank)
         k = rank
+
+
+def _least_rank(svd: TruncatedSVD, energy: float, limit: int) -> tuple[int, bool]:
+    shares = (svd.s.cpu().double() / svd.norm).square()
+    return least_rank(shares, energy, limit, svd.s.dtype)
 
 
 def least_rank(shares: torch.Tensor, energy: float, limit: int, dtype: torch.dtype) -> tuple[int, bool]:
@@ -82,7 +90,10 @@ def least_rank(shares: torch.Tensor, energy: float, limit: int, dtype: torch.dty
 
 def _cut(svd: TruncatedSVD, k: int) -> TruncatedSVD:
     """The first k triplets. The gap of the last one is that to the next value, which has been computed too."""
-    certificate = svd.certificate
+    certificate, top_k = svd.certificate, svd.certificate.top_k
+    if isinstance(top_k, TopK) and svd.s[0] > 0:
+        margin = max(0.0, top_k.margin - ((svd.s[k - 1] - svd.s[-1]) / svd.s[0]).item())
+        top_k = dataclasses.replace(top_k, margin=margin)
     return dataclasses.replace(
         svd,
         U=svd.U[:, :k].contiguous(),
@@ -93,5 +104,6 @@ def _cut(svd: TruncatedSVD, k: int) -> TruncatedSVD:
             residual=certificate.residual[:k],
             gap=certificate.gap[:k],
             angle_bound=certificate.angle_bound[:k],
+            top_k=top_k,
         ),
     )

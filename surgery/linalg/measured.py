@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from surgery.linalg.top_k import UNKNOWN, TopK
 from surgery.lossless.factors import Factors
 from surgery.lossless.rounding import times_power_of_two
 from surgery.memory import scratch
@@ -45,19 +46,24 @@ class Measured:
         residual: float64 (k,) on the CPU, ``max(|A v - s u|, |A^T u - s v|) / s_1``, see ``residuals_of``.
         energy: squared Frobenius norm, in float64.
         beyond: a lower bound, over s_1, on the largest singular value of A without the triplets; 0 if none is known.
+        missed: how far above s_k a singular value was found that the triplets lack, over s_1, at the least; 0 if none was.
+        top_k: what is known of values that the triplets lack.
     """
 
     residual: torch.Tensor
     energy: float
     beyond: float
+    missed: float
+    top_k: TopK
 
 
-def measure(A: torch.Tensor, factors: Factors) -> Measured:
+def measure(A: torch.Tensor, factors: Factors, *, prove: bool = False) -> Measured:
     """Measure a matrix and its factors.
 
     Args:
         A: (m, n), any floating dtype, finite.
         factors: float32, on the device of A; U and V orthonormal.
+        prove: whether to prove that nothing larger is missing.
     """
     with torch.no_grad(), full_precision(A.device):
         residual = residuals_of(A, factors.U, factors.s, factors.V)
@@ -65,7 +71,8 @@ def measure(A: torch.Tensor, factors: Factors) -> Measured:
         top = factors.s[0].item()
         # If the triplets are far from singular ones, there is nothing to learn from the rest, and numbers may overflow.
         sound = top > 0 and math.isfinite(energy) and bool((residual <= _FAR).all())
-        return Measured(residual, energy, _beyond(A, factors, math.sqrt(energy)) / top if sound else 0.0)
+        beyond = _beyond(A, factors, math.sqrt(energy)) / top if sound else 0.0
+        return Measured(residual, energy, beyond, 0.0, UNKNOWN)
 
 
 def measuring_bytes(m: int, n: int, k: int) -> int:
@@ -179,6 +186,6 @@ def _beyond(A: torch.Tensor, factors: Factors, norm: float) -> float:
         work = times_power_of_two(work, -exponent)
     left, right = factors.U.T[None].contiguous(), factors.V.T[None].contiguous()
     operator = _Apart(work, n, left, right)
-    found = block_lanczos(operator, 1, tolerance=_TOLERANCE, block=min(_BLOCK, operator.short - 1), seed=_SEED)
+    found, _ = block_lanczos(operator, 1, tolerance=_TOLERANCE, block=min(_BLOCK, operator.short - 1), seed=_SEED)
     value = float(widened(found.images).norm() / widened(found.rows).norm()) * (1 - _ROUNDING)
     return value if -12 < exponent < 24 else math.ldexp(value, exponent)

@@ -101,7 +101,7 @@ def _iterated(operator: Operator, norms: torch.Tensor, k: int, goal: Goal, block
 
     triplets = from_pairs(operator, iterate(basis, k, far))
     return [
-        _ruled(Solution("block-lanczos", found, operator.passes), bound, goal)
+        _ruled(Solution("block-lanczos", found, operator.passes, basis.search), bound, goal)
         for found, bound in zip(triplets, excess.tolist(), strict=True)
     ]
 

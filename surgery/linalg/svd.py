@@ -12,6 +12,8 @@ import torch
 
 from surgery.device import as_memory_allows, on_its_own_terms
 from surgery.errors import OptionError, WeightError
+from surgery.linalg.proof import prove_top_k
+from surgery.linalg.top_k import TopK, top_k_of
 from surgery.lossless.rounding import check_dense, times_power_of_two
 from surgery.memory import scratch
 from surgery.precision import full_precision
@@ -28,6 +30,11 @@ _NORM_COLUMNS = 1024
 
 #: Rounding error of float64 products with the matrix and of the small problems made of them, over its Frobenius norm.
 _MEASURED = 2.0**-50
+
+#: How many start blocks are tried at most before a proof is given up.
+_TRIES = 3
+#: The bits of a seed that make another start block; torch takes no more than 32 bits of it.
+_OTHER_SEED = 30
 
 #: Entries of the Gram matrices that are solved together on a CPU: few enough for its cache.
 GRAM_ENTRIES = 1 << 21
@@ -47,6 +54,7 @@ class Certificate:
         converged: bool (...,), every residual is within the tolerance.
         passes: int64 (...,), products with A or its transpose.
         method: ``block-lanczos``, ``gram``, ``svd`` or ``zero``; a tuple of these for a batch.
+        top_k: what is known of singular values that were not found; a tuple for a batch.
     """
 
     residual: torch.Tensor
@@ -55,6 +63,7 @@ class Certificate:
     converged: torch.Tensor
     passes: torch.Tensor
     method: str | tuple[str, ...]
+    top_k: TopK | tuple[TopK, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +88,9 @@ class TruncatedSVD:
 
 
 @on_its_own_terms
-def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0) -> TruncatedSVD:
+def truncated_svd(
+    A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0, prove: bool = False
+) -> TruncatedSVD:
     """The k largest singular triplets of a matrix, or of each of a batch, with a certificate.
 
     Thick-restart randomized block Lanczos where k is small against the matrix, leading eigenvectors of the Gram matrix
@@ -96,6 +107,7 @@ def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERAN
             rounding allows (2e-6 s_1 in float32, also its least value). The error of a singular value is of second
             order in it, within a cluster of values no wider than that of first order.
         seed: of the random start block.
+        prove: whether to prove that nothing larger is missing.
 
     Returns:
         ``TruncatedSVD``. Look at ``certificate.converged``: a matrix on which the iteration fails is reported there,
@@ -114,20 +126,33 @@ def truncated_svd(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERAN
     check_dense(A, "A")
     if A.ndim not in (2, 3):
         raise OptionError("A is neither a matrix nor a batch of matrices", got=f"shape {tuple(A.shape)}")
-    found = truncated_svds(A[None] if A.ndim == 2 else A, k, tolerance=tolerance, seed=seed)
+    found = truncated_svds(A[None] if A.ndim == 2 else A, k, tolerance=tolerance, seed=seed, prove=prove)
     return found[0] if A.ndim == 2 else _stack(found)
 
 
-def truncated_svds(A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0) -> list[TruncatedSVD]:
+def truncated_svds(
+    A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0, prove: bool = False
+) -> list[TruncatedSVD]:
     """``truncated_svd`` of a batch (B, m, n), with one result for each matrix; arguments and errors are the same."""
     check_batch(A, k)
     check_accuracy(tolerance, seed, "float64" if A.dtype == torch.float64 else "float32")
 
     def solve_some(part: torch.Tensor) -> list[TruncatedSVD]:
-        found = _solve(part, k, tolerance, seed)
-        return [dataclasses.replace(x, U=x.U.to(A.device), s=x.s.to(A.device), V=x.V.to(A.device)) for x in found]
+        found = _solve(part, k, tolerance, seed, prove=prove)
+        return [_on(A.device, one) for one in found]
 
     return solved_in_parts(A, k, solve_some)
+
+
+def proven_svd(A: torch.Tensor, found: TruncatedSVD, *, tolerance: float, seed: int) -> TruncatedSVD:
+    """``truncated_svd(A, k, prove=True)`` of one matrix, after ``truncated_svd`` without a proof has ``found`` something."""
+    if not found.norm.item():
+        return found
+
+    def prove_one(part: torch.Tensor) -> list[TruncatedSVD]:
+        return [_on(A.device, _proven(prepared(part), 0, _on(part.device, found), tolerance, seed))]
+
+    return solved_in_parts(A[None], len(found.s), prove_one)[0]
 
 
 def check_batch(A: torch.Tensor, k: int) -> None:
@@ -153,6 +178,10 @@ def solved_in_parts(A: torch.Tensor, k: int, solve_some: Callable[[torch.Tensor]
     return [result for part in parts for result in part]
 
 
+def _on(device: torch.device, svd: TruncatedSVD) -> TruncatedSVD:
+    return dataclasses.replace(svd, U=svd.U.to(device), s=svd.s.to(device), V=svd.V.to(device))
+
+
 def _stack(parts: list[TruncatedSVD]) -> TruncatedSVD:
     certificates = [part.certificate for part in parts]
     return TruncatedSVD(
@@ -167,6 +196,7 @@ def _stack(parts: list[TruncatedSVD]) -> TruncatedSVD:
             converged=torch.stack([c.converged for c in certificates]),
             passes=torch.stack([c.passes for c in certificates]),
             method=tuple(str(c.method) for c in certificates),
+            top_k=tuple(c.top_k for c in certificates if isinstance(c.top_k, TopK)),
         ),
     )
 
@@ -215,15 +245,34 @@ def prepared(A: torch.Tensor) -> Prepared:
     return Prepared(Operator(work, A.shape[2]), norms, exponents, nonzero)
 
 
-def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int) -> list[TruncatedSVD]:
+def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int, *, prove: bool) -> list[TruncatedSVD]:
     """The truncated SVD of each matrix of a batch (B, m, n)."""
     ready = prepared(A)
     results: list[TruncatedSVD | None] = [None] * len(A)
     if ready.nonzero:
-        for j, solution in enumerate(solve(ready.operator, k, tolerance, seed)):
-            results[ready.nonzero[j]] = _finished(ready.operator, solution, ready.norms[j], ready.exponents[j], tolerance)
+        solutions = solve(ready.operator, k, tolerance, seed)
+        for j, found in enumerate(_finished(ready.operator, solutions, ready.norms, ready.exponents, tolerance)):
+            results[ready.nonzero[j]] = _proven(ready, j, found, tolerance, seed) if prove else found
     dtype = ready.operator.matrices.dtype
     return [_zero(A[i], dtype, k) if result is None else result for i, result in enumerate(results)]
+
+
+def _proven(ready: Prepared, j: int, found: TruncatedSVD, tolerance: float, seed: int) -> TruncatedSVD:
+    """What was found of the matrix j, with a proof; where there is none, what is found from other random rows.
+
+    The first ones may have missed a direction, by chance or because the matrix was made around them.
+    """
+    operator, norm, shift = ready.operator.one(j), ready.norms[j : j + 1], ready.exponents[j : j + 1]
+    for other in range(_TRIES):
+        if other:
+            operator.passes = int(found.certificate.passes)
+            solutions = solve(operator, found.s.shape[0], tolerance, seed ^ other << _OTHER_SEED)
+            (found,) = _finished(operator, solutions, norm, shift, tolerance)
+        s = times_power_of_two(found.s.cpu().double(), -int(shift))
+        top_k = prove_top_k(operator.matrices[0], found.U, s, found.V, found.certificate.residual)
+        if top_k.verdict == "proven" or found.certificate.method == "svd":
+            break
+    return dataclasses.replace(found, certificate=dataclasses.replace(found.certificate, top_k=top_k))
 
 
 def in_working_precision(A: torch.Tensor) -> torch.Tensor:
@@ -257,38 +306,65 @@ def _zero(matrix: torch.Tensor, dtype: torch.dtype, k: int) -> TruncatedSVD:
         torch.zeros(k, dtype=dtype, device=matrix.device),
         torch.eye(n, k, dtype=dtype, device=matrix.device),
         torch.tensor(0.0, dtype=torch.float64),
-        Certificate(zeros, zeros.clone(), torch.ones(k, dtype=torch.float64), torch.tensor(True), torch.tensor(0), "zero"),
+        Certificate(
+            residual=zeros,
+            gap=zeros.clone(),
+            angle_bound=torch.ones(k, dtype=torch.float64),
+            converged=torch.tensor(True),
+            passes=torch.tensor(0),
+            method="zero",
+            top_k=TopK("proven", 0.0, 0.0),
+        ),
     )
 
 
 def _finished(
-    operator: Operator, solution: Solution, norm: torch.Tensor, shift: torch.Tensor, tolerance: float
-) -> TruncatedSVD:
-    """The SVD of one matrix that has been divided by ``2^shift``; its ``norm`` is that of what was divided."""
+    operator: Operator, solutions: Sequence[Solution], norms: torch.Tensor, shifts: torch.Tensor, tolerance: float
+) -> list[TruncatedSVD]:
+    """The SVDs of matrices that have been divided by ``2^shift``; their ``norms`` are those of what was divided."""
+    long = torch.stack([solution.triplets.long for solution in solutions])
+    short = torch.stack([solution.triplets.short for solution in solutions])
+    U, V = (short, long) if operator.wide else (long, short)
+    sign = pair_signs(U, V)[:, None]
+    U, V = U * sign, V * sign
+    scaled = [in_range(one.triplets.s, int(shift), U.dtype) for one, shift in zip(solutions, shifts, strict=True)]
+    s = torch.stack(scaled).to(U.device, non_blocking=True)
+    return [
+        TruncatedSVD(
+            U[i],
+            s[i],
+            V[i],
+            times_power_of_two(norms[i], int(shifts[i])),
+            _certificate(operator, solution, times_power_of_two(scaled[i].double(), -int(shifts[i])), norms[i], tolerance),
+        )
+        for i, solution in enumerate(solutions)
+    ]
+
+
+def _certificate(
+    operator: Operator, solution: Solution, rounded: torch.Tensor, norm: torch.Tensor, tolerance: float
+) -> Certificate:
+    """The certificate of one matrix.
+
+    Args:
+        rounded: float64 (k,), the values as they are returned, but for the shift.
+        norm: of the matrix.
+    """
     triplets = solution.triplets
-    U, V = (triplets.short, triplets.long) if operator.wide else (triplets.long, triplets.short)
-    sign = pair_signs(U, V)
-    s = triplets.s
-    values = in_range(s, int(shift), U.dtype)
+    s, eps = triplets.s, torch.finfo(triplets.long.dtype).eps
     top = s[0].clamp(min=1e-300)
     # Values below the normal range have few bits left, so their rounding is added to the residual.
-    rounded = times_power_of_two(values.double(), -int(shift))
     triplets = dataclasses.replace(triplets, residual=triplets.residual + (rounded - s).abs() / top)
     residual = triplets.residual + _MEASURED * max(1.0, norm.item() / top.item())
     gap = _gaps(s / top, residual, triplets.next_bound / top.item(), operator)
-    return TruncatedSVD(
-        U * sign,
-        values.to(U.device),
-        V * sign,
-        times_power_of_two(norm, int(shift)),
-        Certificate(
-            residual=residual,
-            gap=gap,
-            angle_bound=(residual / gap.clamp(min=1e-300)).clamp(max=1.0),
-            converged=torch.tensor(triplets.converged(tolerance)),
-            passes=torch.tensor(solution.passes),
-            method=solution.method,
-        ),
+    return Certificate(
+        residual=residual,
+        gap=gap,
+        angle_bound=(residual / gap.clamp(min=1e-300)).clamp(max=1.0),
+        converged=torch.tensor(triplets.converged(tolerance)),
+        passes=torch.tensor(solution.passes),
+        method=solution.method,
+        top_k=top_k_of(solution.search, rounded, operator.short, eps),
     )
 
 
@@ -330,12 +406,10 @@ def matrix_norms(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def pair_signs(U: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-    """Signs +-1, (k,), that make the entry of largest magnitude in each pair of columns positive.
+    """Signs +-1, (..., k), that make the entry of largest magnitude in each pair of columns positive.
 
     Looking at both vectors gives a matrix and its transpose the same signs.
     """
-    columns = torch.arange(U.shape[1], device=U.device)
-    u = U[U.abs().argmax(dim=0), columns]
-    v = V[V.abs().argmax(dim=0), columns]
+    u, v = (X.gather(-2, X.abs().argmax(dim=-2, keepdim=True))[..., 0, :] for X in (U, V))
     decisive = torch.where(u.abs() >= v.abs(), u, v)
     return torch.where(decisive < 0, -1.0, 1.0).to(U.dtype)

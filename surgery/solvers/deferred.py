@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 
 from surgery.device import downloaded
-from surgery.solvers.dense import eigh_each
+from surgery.solvers.dense import eigh, on_all_cores
 from surgery.solvers.krylov import NOISE, KrylovBasis
 from surgery.solvers.operator import Operator, widened
 from surgery.solvers.orthonormal import orthonormal_rows
@@ -63,6 +63,7 @@ class DeferredBasis(KrylovBasis):
         images = self.operator.to_long(self._rows[:, first:stop], out=self._images[:, first:stop])
         products = self.operator.to_short(images)
         self.size, self._last = stop, width
+        self._steps += self._whole
         known = self._rows[:, :stop]
         coefficients = torch.bmm(products, known.mT, out=self._coefficients[:, first:stop, :stop])
         wide = widened(torch.baddbmm(products, coefficients, known, alpha=-1))
@@ -74,7 +75,8 @@ class DeferredBasis(KrylovBasis):
 
     def ritz(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         projected, coupling = self._look()
-        return self._described(*eigh_each(projected), coupling)
+        values, vectors = on_all_cores(eigh, projected)
+        return self._described(values, vectors, coupling)
 
     def restart(self, values: torch.Tensor, vectors: torch.Tensor, keep: int) -> None:
         super().restart(values, vectors, keep)

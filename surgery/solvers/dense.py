@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
@@ -62,7 +62,7 @@ def eigh_on_host(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """``eigh`` of small matrices (B, n, n), with the results on the CPU."""
     if batch.device.type == "cpu":
         return eigh(batch)
-    values, vectors = _each(eigh, batch.cpu())
+    values, vectors = on_all_cores(eigh, batch.cpu())
     return values, vectors
 
 
@@ -70,14 +70,16 @@ def svd_on_host(batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.
     """``svd`` of small matrices (B, m, n), with the results on the CPU."""
     if batch.device.type == "cpu":
         return svd(batch)
-    left, values, right = _each(svd, batch.cpu())
+    left, values, right = on_all_cores(svd, batch.cpu())
     return left, values, right
 
 
-def _each(decompose: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], batch: torch.Tensor) -> Iterator[torch.Tensor]:
-    """What ``decompose`` gives of each matrix of a batch on the CPU, stacked.
+def on_all_cores(
+    decompose: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], batch: torch.Tensor
+) -> tuple[torch.Tensor, ...]:
+    """What ``decompose`` gives of each matrix of a batch on the CPU, stacked, each in one thread, while a GPU waits for it.
 
-    For a GPU all cores work at once, each with one thread: the result depends neither on their number nor on the rest of the batch.
+    So the result depends neither on the number of cores nor on the rest of the batch.
     """
     workers = min(len(batch), os.cpu_count() or 1)
     if workers == 1:
@@ -86,7 +88,7 @@ def _each(decompose: Callable[[torch.Tensor], tuple[torch.Tensor, ...]], batch: 
     else:
         with one_thread_each(workers) as pool:
             found = list(pool.map(decompose, batch))
-    return (torch.stack(parts) for parts in zip(*found, strict=True))
+    return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
 
 
 def _failed(error: RuntimeError) -> bool:

@@ -9,6 +9,7 @@ from surgery.memory import scratch
 from surgery.solvers.dense import eigh
 from surgery.solvers.operator import Operator, wide_device, widened
 from surgery.solvers.random import generator_of
+from surgery.solvers.search import Search
 
 #: A direction is noise if its part outside the basis is below this multiple of the norm of B times its image's length.
 NOISE = 3e-7
@@ -35,11 +36,18 @@ class KrylovBasis:
         self.size = 0  # rows already multiplied by C
         self._pending = 0  # orthonormal rows behind them, yet to be multiplied
         self._last = 0  # rows multiplied in the last step
+        self._steps = 0  # before the first restart
+        self._whole = True  # nothing has been let go of by a restart
 
     @property
     def exhausted(self) -> bool:
         """Whether the basis spans the whole space, so that nothing is left to find."""
         return self._pending == 0
+
+    @property
+    def search(self) -> Search:
+        """What it has gone through, if it began with random rows alone."""
+        return Search(min(self.block, self.limit), self._steps)
 
     def alone(self, i: int) -> KrylovBasis:
         """The basis of matrix i, in the same memory: a step of it changes this one."""
@@ -50,6 +58,7 @@ class KrylovBasis:
         single._coupling, single._top = self._coupling[i : i + 1], self._top[i : i + 1]
         single._generators = self._generators[i : i + 1]
         single.size, single._pending, single._last = self.size, self._pending, self._last
+        single._steps, single._whole = self._steps, self._whole
         return single
 
     def begin(self, start: torch.Tensor | None) -> None:
@@ -65,6 +74,7 @@ class KrylovBasis:
         images = self.operator.to_long(self._rows[:, first:stop], out=self._images[:, first:stop])
         products = self.operator.to_short(images)
         self.size, self._last = stop, self._pending
+        self._steps += self._whole
         known = self._rows[:, :stop]
         coefficients = torch.bmm(products, known.mT)
         products = torch.baddbmm(products, coefficients, known, alpha=-1)
@@ -99,6 +109,7 @@ class KrylovBasis:
         pending = self._rows[:, self.size : self.size + self._pending].clone()
         self._rows[:, :keep], self._images[:, :keep] = self.combine(vectors[:, :, :keep])
         self._projected.zero_()
+        self._whole = False
         self._projected.diagonal(0, 1, 2)[:, :keep] = values[:, :keep]
         self.size = keep
         self._append(pending, torch.zeros(pending.shape[:2], dtype=torch.float64, device=self._wide))

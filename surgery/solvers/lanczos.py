@@ -20,6 +20,7 @@ from surgery.solvers.deferred import krylov_basis
 from surgery.solvers.krylov import KrylovBasis
 from surgery.solvers.operator import Operator
 from surgery.solvers.product import LARGE
+from surgery.solvers.search import Search
 
 MAX_PASSES = 400
 
@@ -86,8 +87,8 @@ def block_lanczos(
     block: int,
     seed: int,
     start: torch.Tensor | None = None,
-) -> RitzVectors:
-    """Ritz vectors for the k largest singular values of each matrix.
+) -> tuple[RitzVectors, Search]:
+    """Ritz vectors for the k largest singular values of each matrix, and the search that found them.
 
     Stops when every residual, estimated from the recurrence, is below ``tolerance`` times the largest singular
     value and below 100 ``tolerance`` times its own, or after ``MAX_PASSES``. The caller measures the true residuals.
@@ -103,7 +104,8 @@ def block_lanczos(
     basis = krylov_basis(operator, limit=basis_limit(k, block), block=block, seed=seed)
     basis.begin(start)
     eps = torch.finfo(operator.matrices.dtype).eps
-    return iterate(basis, k, lambda values, residuals: worst_residuals(values, residuals, k, tolerance, eps))
+    ritz = iterate(basis, k, lambda values, residuals: worst_residuals(values, residuals, k, tolerance, eps))
+    return ritz, basis.search
 
 
 def iterate(basis: KrylovBasis, k: int, far: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> RitzVectors:

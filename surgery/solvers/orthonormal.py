@@ -38,7 +38,7 @@ def orthonormal_rows(rows: torch.Tensor) -> torch.Tensor:
 
 
 def orthonormal_together(*stacks: torch.Tensor) -> list[torch.Tensor]:
-    """``orthonormal_rows`` of each of several, for which the program waits for a device once, or twice if any are far from it."""
+    """``orthonormal_rows`` of each of several. It waits for a device once, or twice if any are far from it."""
     if stacks[0].device.type == "cpu":
         return [orthonormal_rows(rows) for rows in stacks]
     found, left = list(stacks), range(len(stacks))

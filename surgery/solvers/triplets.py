@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 import torch
 
+from surgery.device import downloaded
+from surgery.solvers.dense import svd, svd_on_host
 from surgery.solvers.lanczos import RitzVectors, basis_rows, block_lanczos, block_size
 from surgery.solvers.limits import ROUNDING
 from surgery.solvers.operator import Operator, widened, widened_bytes
-from surgery.solvers.orthonormal import orthonormal_rows
+from surgery.solvers.orthonormal import orthonormal_rows, orthonormal_together
 from surgery.solvers.product import leading_dimension
+from surgery.solvers.search import Decomposed, Search
 from surgery.solvers.subspace import leading_eigenvectors
 from surgery.torch_threads import one_thread_each
 
@@ -70,11 +73,13 @@ class Solution:
         method: the engine.
         triplets: the leading ones.
         passes: over the matrix.
+        search: how they were found.
     """
 
     method: str
     triplets: Triplets
     passes: int
+    search: Search | Decomposed
 
 
 def allowed_residuals(s: torch.Tensor, tolerance: float, dtype: torch.dtype) -> torch.Tensor:
@@ -121,7 +126,7 @@ def solve(operator: Operator, k: int, tolerance: float, seed: int) -> list[Solut
     """
     match engine(operator.short, k):
         case "svd":
-            return _each(operator, lambda single: Solution("svd", _full_svd(single, k), single.passes))
+            return _each(operator, lambda single: _full_svd(single, k))
         case "gram":
             return _gram(operator, k, tolerance, seed)
         case _:
@@ -140,25 +145,26 @@ def _each(operator: Operator, one: Callable[[Operator], Solution]) -> list[Solut
 
 def _lanczos(operator: Operator, k: int, tolerance: float, seed: int) -> list[Solution]:
     block = min(block_size(k, operator), operator.short - 1)
-    first_round = from_pairs(operator, block_lanczos(operator, k, tolerance=tolerance, block=block, seed=seed))
+    ritz, begun = block_lanczos(operator, k, tolerance=tolerance, block=block, seed=seed)
     found = []
-    for i, candidate in enumerate(first_round):
+    for i, candidate in enumerate(from_pairs(operator, ritz)):
         single = operator.one(i)
-        triplets = _settled(single, candidate, block, tolerance, seed)
+        triplets, search = _settled(single, candidate, begun, tolerance, seed)
         if (triplets.converged(tolerance) and triplets.known()) or single.short > _MAX_GRAM:
-            found.append(Solution("block-lanczos", triplets, single.passes))
+            found.append(Solution("block-lanczos", triplets, single.passes, search))
         else:
             found += _gram(single, k, tolerance, seed)
     return found
 
 
-def _settled(operator: Operator, best: Triplets, block: int, tolerance: float, seed: int) -> Triplets:
+def _settled(operator: Operator, best: Triplets, search: Search, tolerance: float, seed: int) -> tuple[Triplets, Search]:
     """Further rounds for one matrix, if the first has not converged or may have missed copies of a repeated value."""
-    k, widest = len(best.s), operator.short - 1
+    k, block, widest = len(best.s), search.rows, operator.short - 1
     if block < min(k, widest) and clustered(best.s, block):
         # Residuals cannot show that a copy of a repeated value is missing, so try again with a block wider than k.
         block = min(k + 8, widest)
-        best = from_pairs(operator, block_lanczos(operator, k, tolerance=tolerance, block=block, seed=seed))[0]
+        ritz, search = block_lanczos(operator, k, tolerance=tolerance, block=block, seed=seed)
+        best = from_pairs(operator, ritz)[0]
     for _ in range(_MAX_ROUNDS - 1):
         if best.converged(tolerance):
             break
@@ -166,10 +172,10 @@ def _settled(operator: Operator, best: Triplets, block: int, tolerance: float, s
         candidates = [_from_rows(operator, best.short.T, best.next_bound)]
         if not candidates[0].converged(tolerance):
             block, start = min(max(block, k), widest), candidates[0].short.T[None]
-            ritz = block_lanczos(operator, k, tolerance=tolerance, block=block, seed=seed + 1, start=start)
+            ritz, _ = block_lanczos(operator, k, tolerance=tolerance, block=block, seed=seed + 1, start=start)
             candidates += from_pairs(operator, ritz)
         best = min([best, *candidates], key=lambda triplets: triplets.residual.max().item())
-    return best
+    return best, search
 
 
 def clustered(s: torch.Tensor, block: int) -> bool:
@@ -182,10 +188,10 @@ def _gram(operator: Operator, k: int, tolerance: float, seed: int) -> list[Solut
     if operator.matrices.dtype == torch.float64:
         return [_gram_wide(operator.one(i), k, tolerance, seed) for i in range(len(operator))]
     found = []
-    for i, triplets in enumerate(_from_gram(operator, operator.gram(), k, tolerance, seed)):
+    for i, (triplets, search) in enumerate(_from_gram(operator, operator.gram(), k, tolerance, seed)):
         single = operator.one(i)
         if triplets.converged(tolerance) and triplets.known() and triplets.last():
-            found.append(Solution("gram", triplets, single.passes))
+            found.append(Solution("gram", triplets, single.passes, search))
         else:
             found.append(_gram_wide(single, k, tolerance, seed))
     return found
@@ -196,41 +202,50 @@ def _gram_wide(operator: Operator, k: int, tolerance: float, seed: int) -> Solut
 
     This resolves values down to 1e-8 s_1: enough for vectors that are rounded to float32, but not for float64 ones.
     """
-    triplets = _from_gram(operator, operator.gram_wide(), k, tolerance, seed)[0]
+    triplets, search = _from_gram(operator, operator.gram_wide(), k, tolerance, seed)[0]
     matrices = operator.matrices
     small = matrices.dtype == torch.float64 and matrices.numel() <= _MAX_FULL
     if small and not (triplets.converged(tolerance) and triplets.known() and triplets.last()):
-        return Solution("svd", _full_svd(operator, k), operator.passes)
-    return Solution("gram", triplets, operator.passes)
+        return _full_svd(operator, k)
+    return Solution("gram", triplets, operator.passes, search)
 
 
-def _from_gram(operator: Operator, gram: torch.Tensor, k: int, tolerance: float, seed: int) -> list[Triplets]:
-    rows, values = leading_eigenvectors(gram, k, tolerance=tolerance / 2, seed=seed)
+def _from_gram(
+    operator: Operator, gram: torch.Tensor, k: int, tolerance: float, seed: int
+) -> list[tuple[Triplets, Search | Decomposed]]:
+    rows, values, searches = leading_eigenvectors(gram, k, tolerance=tolerance / 2, seed=seed)
     short = rows.to(operator.matrices.dtype).to(operator.matrices.device).contiguous()
-    ritz = RitzVectors(short, operator.to_long(short), values[:, -1].clamp(min=0).sqrt().cpu())
+    ritz = RitzVectors(short, operator.to_long(short), values[:, -1].clamp(min=0).sqrt())
     found = from_pairs(operator, ritz)
     for i, triplets in enumerate(found):
         if not triplets.converged(tolerance):
             found[i] = _from_rows(operator.one(i), rows[i], triplets.next_bound)
-    return found
+    # Any order of the sums in a Gram matrix: Higham, "Accuracy and Stability of Numerical Algorithms" (2002), section 3.5.
+    error = operator.long * torch.finfo(gram.dtype).eps + operator.short * torch.finfo(torch.float64).eps
+    (traces,) = downloaded(widened(gram.diagonal(0, 1, 2)).sum(dim=1))
+    limits = (values[:, -1].clamp(min=0) + error * traces).sqrt().tolist()
+    return [(found[i], search or Decomposed(limits[i])) for i, search in enumerate(searches)]
 
 
-def _full_svd(operator: Operator, k: int) -> Triplets:
+def _full_svd(operator: Operator, k: int) -> Solution:
     matrix = widened(operator.matrices[0])
     operator.passes += 1
-    left, s, right = torch.linalg.svd(matrix.T if operator.wide else matrix, full_matrices=False)
+    left, s, right = svd(matrix.T if operator.wide else matrix)
+    s = s.cpu()
     next_bound = s[k].item() + ROUNDING * torch.finfo(s.dtype).eps * s[0].item() if k < len(s) else 0.0
     short = right[None, :k].contiguous()
     long = left[None, :, :k].mT.contiguous()
     to_long, to_short = operator.to_long_wide(short), operator.to_short_wide(long)
-    return _measured(operator, _WideTriplets(long, s[None, :k], short, to_long, to_short), [next_bound])[0]
+    triplets = _measured(operator, _WideTriplets(long, s[None, :k], short, to_long, to_short), [next_bound])[0]
+    return Solution("svd", triplets, operator.passes, Decomposed(next_bound))
 
 
 def from_pairs(operator: Operator, ritz: RitzVectors) -> list[Triplets]:
     """Triplets by a Rayleigh-Ritz step in float64 with the spaces of both sides, in one pass over the matrices."""
-    short, long = orthonormal_rows(widened(ritz.rows)), orthonormal_rows(widened(ritz.images))
+    short, long = orthonormal_together(widened(ritz.rows), widened(ritz.images))
     to_long, to_short = operator.both_wide(short, long)
-    left, s, right = (part.to(long.device) for part in torch.linalg.svd(torch.bmm(long, to_long.mT).cpu()))
+    left, s, right = svd_on_host(torch.bmm(long, to_long.mT))
+    left, right = (part.to(long.device, non_blocking=True) for part in (left, right))
     wide = _WideTriplets(left.mT @ long, s, right @ short, right @ to_long, left.mT @ to_short)
     return _measured(operator, wide, ritz.next_bound.tolist())
 
@@ -240,7 +255,8 @@ def _from_rows(operator: Operator, rows: torch.Tensor, next_bound: float) -> Tri
     basis = orthonormal_rows(widened(rows)[None])
     images = operator.to_long_wide(basis)
     q, r = torch.linalg.qr(images[0].T)
-    left, s, right = (part.to(q.device) for part in torch.linalg.svd(r.cpu()))
+    left, s, right = svd(r.cpu())
+    left, right = left.to(q.device), right.to(q.device)
     long, short, to_long = (q @ left).T.contiguous()[None], right @ basis, right @ images
     wide = _WideTriplets(long, s[None], short, to_long, operator.to_short_wide(long))
     return _measured(operator, wide, [next_bound])[0]
@@ -252,7 +268,7 @@ class _WideTriplets:
 
     Attributes:
         long, short: (B, k, long), (B, k, short).
-        s: (B, k).
+        s: (B, k), on the CPU.
         to_long, to_short: the products of the matrices with ``short`` and ``long``.
     """
 
@@ -271,17 +287,20 @@ def _measured(operator: Operator, wide: _WideTriplets, next_bounds: Sequence[flo
     """
     long, s, short = wide.long, wide.s, wide.short
     matrices = operator.matrices
-    # The dtype first: not every device knows float64.
-    rounded_long, rounded_short = (vectors.to(matrices.dtype).to(matrices.device) for vectors in (long, short))
-    wide_long, wide_short = widened(rounded_long), widened(rounded_short)
+    rounded_long, rounded_short = long.to(matrices.dtype), short.to(matrices.dtype)
+    wide_long, wide_short = rounded_long.double(), rounded_short.double()
+    values = s.to(long.device, non_blocking=True)[:, :, None]
+    told = downloaded(
+        (wide.to_long - wide_long * values).norm(dim=2),
+        (wide.to_short - wide_short * values).norm(dim=2),
+        (wide_short - short).norm(dim=2),
+        (wide_long - long).norm(dim=2),
+    )
     top = s[:, :1].clamp(min=1e-300)
-    on_long = (wide.to_long - wide_long * s[:, :, None]).norm(dim=2) / top + (wide_short - short).norm(dim=2)
-    on_short = (wide.to_short - wide_short * s[:, :, None]).norm(dim=2) / top + (wide_long - long).norm(dim=2)
-    residual = torch.maximum(on_long, on_short).cpu()
-    return [
-        Triplets(rounded_long[i].T.contiguous(), s[i].cpu(), rounded_short[i].T.contiguous(), residual[i], value)
-        for i, value in enumerate(next_bounds)
-    ]
+    residual = torch.maximum(told[0] / top + told[2], told[1] / top + told[3])
+    # Rounded before they are moved: not every device knows float64.
+    U, V = (vectors.to(matrices.device).mT.contiguous() for vectors in (rounded_long, rounded_short))
+    return [Triplets(U[i], s[i], V[i], residual[i], value) for i, value in enumerate(next_bounds)]
 
 
 def residuals_of(A: torch.Tensor, U: torch.Tensor, s: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
