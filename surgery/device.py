@@ -108,7 +108,8 @@ def downloaded(*tensors: torch.Tensor) -> list[torch.Tensor]:
     away = [x for x in tensors if x.device.type != "cpu"]
     if not away:
         return list(tensors)
-    parts = torch.cat([x.reshape(-1) for x in away]).cpu().split([x.numel() for x in away])
+    together = torch.cat([x.reshape(-1) for x in away]).cpu()
+    parts = torch.split(together, [x.numel() for x in away])  # type: ignore[no-untyped-call]
     fetched = iter([part.view(x.shape).to(x.dtype) for part, x in zip(parts, away, strict=True)])
     return [x if x.device.type == "cpu" else next(fetched) for x in tensors]
 

@@ -1,9 +1,9 @@
 """Bases of Krylov spaces on a GPU, which take their steps without waiting for them.
 
 A step of ``KrylovBasis`` looks at once at what it has made, and replaces noise by random rows. On a GPU the program would
-wait for the device in every step, with nothing queued meanwhile. Here a step takes for granted that there is no noise, as is so
-in nearly all matrices, and is found out when somebody asks for Ritz values: matrices in which it was not so go back
-to where that was last known, and take the steps since then again, one by one.
+wait for the device in every step, with nothing queued meanwhile. Here a step takes for granted that there is no noise. Whether
+there was any is found out when somebody asks for Ritz values: the few matrices in which there was go back to where there
+was none, and take the steps since then again, one by one.
 """
 
 from __future__ import annotations
@@ -55,12 +55,14 @@ class DeferredBasis(KrylovBasis):
     def step(self) -> None:
         first, stop, width = self.size, self.size + self._pending, self._pending
         if width != min(self.block, self.operator.short - stop):
-            self._look()
+            if self._taken:
+                self._look()
             self._top = self._longest.to(self._wide)
             super().step()  # the last rows of the whole space
             self._longest = self._top.cpu()
             return
-        images = self.operator.to_long(self._rows[:, first:stop], out=self._images[:, first:stop])
+        images = self.operator.to_long(self._rows[:, first:stop])
+        self._images[:, first:stop] = images
         products = self.operator.to_short(images)
         self.size, self._last = stop, width
         self._steps += self._whole
@@ -125,7 +127,8 @@ class DeferredBasis(KrylovBasis):
         outside = factors.diagonal(0, 2, 3)
         noisy = outside <= NOISE * longest[:, :, None] * lengths
         dependent = ~(outside >= _LEAST * factors.norm(dim=3))
-        return (sound & ~(noisy | dependent).any(dim=2)).all(dim=1)
+        fine: torch.Tensor = (sound & ~(noisy | dependent).any(dim=2)).all(dim=1)
+        return fine
 
     def _repeated(self, i: int, first: int, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Take the last steps of matrix i again, each with a look at it: its (size, size) projection and its coupling."""

@@ -30,7 +30,8 @@ def eigh(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """
     if symmetric.device.type == "cpu":
         try:
-            return torch.linalg.eigh(symmetric)
+            values, vectors = torch.linalg.eigh(symmetric)
+            return values, vectors
         except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # not in its list of names
             left, values, _ = torch.linalg.svd(symmetric.tril() + symmetric.tril(-1).mT)
             return values.flip(-1), left.flip(-1)

@@ -52,7 +52,9 @@ class KrylovBasis:
     def alone(self, i: int) -> KrylovBasis:
         """The basis of matrix i, in the same memory: a step of it changes this one."""
         single = KrylovBasis.__new__(KrylovBasis)
-        single.operator, single.block, single.limit = self.operator.one(i), self.block, self.limit
+        # The operator of a single matrix may be of a kind of its own, which its parts are not.
+        single.operator = self.operator if len(self.operator) == 1 else self.operator.one(i)
+        single.block, single.limit = self.block, self.limit
         single._rows, single._images = self._rows[i : i + 1], self._images[i : i + 1]
         single._wide, single._projected = self._wide, self._projected[i : i + 1]
         single._coupling, single._top = self._coupling[i : i + 1], self._top[i : i + 1]
@@ -71,7 +73,8 @@ class KrylovBasis:
     def step(self) -> None:
         """Multiply the pending rows by C and orthonormalise the result into the next ones."""
         first, stop = self.size, self.size + self._pending
-        images = self.operator.to_long(self._rows[:, first:stop], out=self._images[:, first:stop])
+        images = self.operator.to_long(self._rows[:, first:stop])
+        self._images[:, first:stop] = images
         products = self.operator.to_short(images)
         self.size, self._last = stop, self._pending
         self._steps += self._whole
@@ -171,7 +174,8 @@ class KrylovBasis:
     def _random(self, i: int, count: int) -> torch.Tensor:
         """(count, short), the next random rows of matrix i; float32, on the CPU."""
         rows = torch.randn(count, self.operator.short, generator=self._generators[i], dtype=torch.float32)
-        return rows / rows.norm(dim=1, keepdim=True)
+        rows /= rows.norm(dim=1, keepdim=True)
+        return rows
 
     def _same_random(self, count: int) -> torch.Tensor:
         """(count, short), the next random rows of all matrices, of which none has been given others yet."""

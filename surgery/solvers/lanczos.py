@@ -119,7 +119,7 @@ def iterate(basis: KrylovBasis, k: int, far: Callable[[torch.Tensor, torch.Tenso
     """
     keep = kept_rows(k, basis.block)
     last_pass = basis.operator.passes + MAX_PASSES
-    checks = _CheckSchedule()
+    checks = _CheckSchedule(basis.operator.matrices.device)
     while True:
         basis.step()
         last = basis.operator.passes + 2 > last_pass
@@ -155,9 +155,13 @@ def worst_residuals(values: torch.Tensor, residuals: torch.Tensor, k: int, toler
 
 
 class _CheckSchedule:
-    """Decides after which steps to compute the residuals, since that takes an eigenproblem."""
+    """Decides after which steps to compute the residuals, since that takes an eigenproblem.
 
-    def __init__(self) -> None:
+    On a GPU a step costs less than the eigenproblem, which is the host's: then rather a step too many than a look too many.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._rather_late = device.type != "cpu"
         self._steps = 0
         self._next = 4
         self._seen: tuple[int, float] | None = None
@@ -171,6 +175,7 @@ class _CheckSchedule:
         wait = math.log(worst) / math.log(_STEEPEST)
         if self._seen is not None and worst < self._seen[1]:
             decay = math.log(self._seen[1] / worst) / (self._steps - self._seen[0])
-            wait = max(wait, 0.4 * math.log(worst) / decay)  # the decay becomes faster and faster
+            # The decay becomes faster and faster.
+            wait = max(wait, (0.7 if self._rather_late else 0.4) * math.log(worst) / decay)
         self._seen = (self._steps, worst)
-        self._next = self._steps + max(1, min(8, math.floor(wait)))
+        self._next = self._steps + max(1, min(8, math.ceil(wait) if self._rather_late else math.floor(wait)))

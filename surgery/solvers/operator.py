@@ -51,13 +51,10 @@ class Operator:
         single.passes = self.passes
         return single
 
-    def to_long(self, x: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
-        """(B, b, short) -> (B, b, long), into ``out`` if there is one."""
+    def to_long(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, b, short) -> (B, b, long)."""
         self.passes += 1
-        if out is not None and x.device.type == "cuda":
-            return torch.bmm(x, self.matrices if self.wide else self.matrices.mT, out=out)
-        images = self._by_columns(x) if self.wide else self._by_rows(x)
-        return images if out is None else out.copy_(images)
+        return self._by_columns(x) if self.wide else self._by_rows(x)
 
     def to_short(self, y: torch.Tensor) -> torch.Tensor:
         """(B, b, long) -> (B, b, short)."""

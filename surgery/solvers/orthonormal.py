@@ -41,7 +41,7 @@ def orthonormal_together(*stacks: torch.Tensor) -> list[torch.Tensor]:
     """``orthonormal_rows`` of each of several. It waits for a device once, or twice if any are far from it."""
     if stacks[0].device.type == "cpu":
         return [orthonormal_rows(rows) for rows in stacks]
-    found, left = list(stacks), range(len(stacks))
+    found, left = list(stacks), list(range(len(stacks)))
     for _ in range(2):
         grams = [found[i] @ found[i].mT for i in left]
         factors = [torch.linalg.cholesky_ex(gram) for gram in grams]
