@@ -109,7 +109,7 @@ def downloaded(*tensors: torch.Tensor) -> list[torch.Tensor]:
     if not away:
         return list(tensors)
     together = torch.cat([x.reshape(-1) for x in away]).cpu()
-    parts = torch.split(together, [x.numel() for x in away])  # type: ignore[no-untyped-call]
+    parts = torch.split(together, [x.numel() for x in away])
     fetched = iter([part.view(x.shape).to(x.dtype) for part, x in zip(parts, away, strict=True)])
     return [x if x.device.type == "cpu" else next(fetched) for x in tensors]
 
