@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -37,6 +38,46 @@ def llm_like(m: int, n: int, generator: torch.Generator) -> torch.Tensor:
     outliers = torch.randint(m * n, (m * n // 100_000,), generator=generator)
     matrix.view(-1)[outliers] *= 10
     return matrix
+
+
+#: Sizes of models by name: hidden, inner, key and value rows, layers, words.
+MODELS = {"8B": (4096, 14336, 1024, 32, 128_256), "70B": (8192, 28_672, 1024, 80, 128_256)}
+
+
+def write_headers(folder: Path, model: str, shard_bytes: float = 5e9) -> None:
+    """Write a Llama in bfloat16 as transformers shards it: headers, and nothing after them (the files are sparse)."""
+    folder.mkdir(parents=True)
+    hidden, inner, rows, layers, words = MODELS[model]
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (words, hidden)}
+    for layer in range(layers):
+        block = {"q": (hidden, hidden), "k": (rows, hidden), "v": (rows, hidden), "o": (hidden, hidden)}
+        mlp = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+        shapes |= {f"model.layers.{layer}.self_attn.{name}_proj.weight": shape for name, shape in block.items()}
+        shapes |= {f"model.layers.{layer}.mlp.{name}_proj.weight": shape for name, shape in mlp.items()}
+        shapes |= {f"model.layers.{layer}.{norm}_layernorm.weight": (hidden,) for norm in ("input", "post_attention")}
+    shapes |= {"model.norm.weight": (hidden,), "lm_head.weight": (words, hidden)}
+    shards: list[dict[str, int]] = [{}]
+    for name, shape in shapes.items():
+        if shards[-1] and sum(shards[-1].values()) + 2 * math.prod(shape) > shard_bytes:
+            shards.append({})
+        shards[-1][name] = 2 * math.prod(shape)
+    weight_map = {}
+    for i, shard in enumerate(shards, 1):
+        header, end = {}, 0
+        for name in sorted(shard):
+            header[name] = {"dtype": "BF16", "shape": shapes[name], "data_offsets": [end, end + shard[name]]}
+            end += shard[name]
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        file = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        with open(folder / file, "wb") as written:
+            written.write(len(text).to_bytes(8, "little") + text)
+            written.truncate(8 + len(text) + end)
+        weight_map.update(dict.fromkeys(shard, file))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": hidden}
+    config |= {"num_hidden_layers": layers, "num_attention_heads": hidden // 128, "num_key_value_heads": rows // 128}
+    (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": inner, "vocab_size": words}))
 
 
 def write_checkpoint(

@@ -3,7 +3,7 @@
     python benchmarks/svd.py                     all cases (about ten minutes on two cores)
     python benchmarks/svd.py square wide         some of them: square, wide, ranks, stored, full, gaussian, small, hard
     python benchmarks/svd.py parts               where the time of a call goes, ours and theirs (CPU)
-    python benchmarks/svd.py model --device cuda the matrices of an 8B model, in batches of one shape
+    python benchmarks/svd.py model --device cuda the matrices of an 8B model, in the batches that factorize makes
 
 Peers: torch.svd_lowrank with q = k and niter = 16, SciPy's ARPACK and PROPACK (needs scipy), torch.linalg.svd. They take
 turns; a row holds medians over the repeats. Between two calls lies a pause, since the thread pools of the libraries spin for
@@ -22,10 +22,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from checkpoints import layer_shapes, llm_like
+from batches import planned, solves
+from checkpoints import llm_like
 from safetensors.torch import load_file
 
 import surgery
+from surgery.engine.resources import Resources
 from surgery.solvers.lanczos import block_size
 from surgery.solvers.operator import Operator
 
@@ -275,25 +277,28 @@ def _propack_products(A: torch.Tensor, k: int) -> int:
 
 
 def model(device: str, repeats: int) -> None:
-    """The 224 matrices of a Llama of 8 billion weights, bfloat16, in batches of one shape as factorize makes them."""
-    layers, seconds, count, worst = 32, 0.0, 0, 0.0
-    shapes = list(layer_shapes(4096).values())
-    for shape in dict.fromkeys(shapes):
-        total = layers * shapes.count(shape)
-        together = max(1, (1 << 30) // (2 * shape[0] * shape[1]))
-        A = random_matrix(*shape, device).bfloat16()
-        batch = A.expand(min(together, total), *shape).contiguous()
-        surgery.truncated_svd(batch, 16)  # loads kernels
-        for done in range(0, total, together):
-            part = batch[: min(together, total - done)]
-            synchronize(A)
+    """The 224 matrices of a Llama of 8 billion weights, bfloat16, in the batches that factorize plans for this device."""
+    kind = torch.device(device).type
+    total = torch.cuda.get_device_properties(device).total_memory * 4 // 5 if kind == "cuda" else None
+    with planned("8B", Resources(kind, device_memory=total)) as plan:
+        calls = solves(plan, kind)
+    matrices = {shape: random_matrix(*shape, device).bfloat16() for shape in {(m, n) for _, m, n in calls}}
+    times = []
+    for repeat in range(repeats + 1):  # the first one loads kernels
+        seconds, worst = 0.0, 0.0
+        for count, *shape in calls:
+            batch = matrices[shape[0], shape[1]].expand(count, *shape).contiguous()
+            synchronize(batch)
             start = time.perf_counter()
-            result = surgery.truncated_svd(part, 16)
-            synchronize(A)
+            result = surgery.truncated_svd(batch, 16)
+            synchronize(batch)
             seconds += time.perf_counter() - start
-            count += len(part)
             worst = max(worst, result.certificate.residual.max().item())
-    print(f"| {count} matrices of an 8B model, k=16 | surgery | {1e3 * seconds:.0f} | 1.00 | {worst:.0e} | |")
+        if repeat:
+            times.append(seconds)
+    count = sum(count for count, *_ in calls)
+    name = f"{count} matrices of an 8B model in {len(calls)} calls, k=16"
+    print(f"| {name} | surgery | {1e3 * statistics.median(times):.0f} | 1.00 | {worst:.0e} | |")
 
 
 CASES = {case.__name__: case for case in (square, wide, ranks, stored, full, gaussian, small, hard, parts, model)}

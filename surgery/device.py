@@ -20,15 +20,15 @@ _Arguments = ParamSpec("_Arguments")
 
 
 def choose_device(name: str) -> torch.device:
-    """The device with a name: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``. ``auto`` takes a GPU if there is one.
+    """The device with a name: ``auto``, ``cpu``, ``cuda``, ``cuda:N`` or ``mps``.
+
+    ``auto`` takes the first GPU that computes, and tells a note of those that do not.
 
     Raises:
-        OptionError: there is no such device on this machine, or at all.
+        OptionError: there is no such device on this machine, or at all; it is there and does not compute.
     """
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return _first_that_computes()
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -43,6 +43,8 @@ def choose_device(name: str) -> torch.device:
     if not usable[device.type]:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         raise OptionError(f"device {name} is not there", got=f"{count} CUDA devices", hint="--device auto takes what there is")
+    if (reason := _why_not(device)) is not None:
+        raise OptionError(f"device {name} does not compute", got=reason, hint="--device auto takes what does")
     return device
 
 
@@ -50,12 +52,12 @@ def choose_devices(name: str) -> list[torch.device]:
     """The devices with these names: as for ``choose_device``, several with commas between, or ``all`` CUDA devices.
 
     Raises:
-        OptionError: one is not there, is named twice, or is of another kind than the others.
+        OptionError: one is not there, does not compute, is named twice, or is of another kind than the others.
     """
     if name == "all":
         if not torch.cuda.is_available():
             raise OptionError("there is no CUDA device", got="--device all", hint="--device auto takes what there is")
-        return [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+        return [choose_device(f"cuda:{index}") for index in range(torch.cuda.device_count())]
     devices = [choose_device(part.strip()) for part in name.split(",")]
     numbered = {device for device in devices if device.type == "cuda" and device.index is not None}
     if len(devices) > 1 and len(numbered) < len(devices):
@@ -73,7 +75,8 @@ def as_memory_allows(
 ) -> list[_Out]:
     """``compute(items, device)``, split into halves for as long as a GPU has too little memory.
 
-    A single item that does not fit is computed on the CPU, with a note: a full GPU costs time, but never ends the run.
+    A single item that does not fit, or that the libraries of a GPU fail at, is computed on the CPU, with a note: that costs
+    time, but never ends the run.
 
     Args:
         compute: gives a result for each item.
@@ -88,7 +91,7 @@ def as_memory_allows(
     try:
         return compute(items, device)
     except RuntimeError as error:
-        if not _is_full(error):
+        if (trouble := _trouble(error, device)) is None:
             raise
         # The exception's frames hold tensors on the device, so it has to be left before trying again.
     if device.type == "cuda" and torch.cuda.is_available():
@@ -96,7 +99,7 @@ def as_memory_allows(
     if len(items) > 1:
         half = len(items) // 2
         return as_memory_allows(compute, items[:half], device) + as_memory_allows(compute, items[half:], device)
-    note(f"{device} has not enough free memory for every matrix: the largest are done on the CPU")
+    note(trouble)
     return compute(items, torch.device("cpu"))
 
 
@@ -141,7 +144,42 @@ def on_its_own_terms(function: Callable[_Arguments, _Out]) -> Callable[_Argument
     return heard(wrapped)
 
 
-def _is_full(error: RuntimeError) -> bool:
-    """Whether an error means that a GPU's memory is full: torch's own, or that of a library that allocates a workspace."""
-    signs = ("out of memory", "ALLOC_FAILED", "CUSOLVER_STATUS_INTERNAL_ERROR")
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
+#: What torch's errors say when a GPU's memory is full: its own, and those of libraries, which allocate workspaces, and a handle
+#: in each thread that uses them.
+_FULL = ("out of memory", "ALLOC_FAILED", "NOT_INITIALIZED", "CUSOLVER_STATUS_INTERNAL_ERROR")
+#: What they say when a library could not do what it was asked for, as decompositions at times do not on a GPU and do on a CPU.
+_FAILED = ("CUSOLVER_STATUS_EXECUTION_FAILED", "CUBLAS_STATUS_EXECUTION_FAILED")
+
+
+def _trouble(error: RuntimeError, device: torch.device) -> str | None:
+    """A note for an error of a GPU after which fewer matrices at a time, or the CPU, may do; None for all others."""
+    if isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _FULL):
+        return f"{device} has not enough free memory for every matrix: the largest are done on the CPU"
+    failed = isinstance(error, torch.linalg.LinAlgError)  # type: ignore[attr-defined]  # not in its list of names
+    if failed or any(sign in str(error) for sign in _FAILED):
+        return f"the solvers of {device} fail at some matrices: these are done on the CPU"
+    return None
+
+
+def _first_that_computes() -> torch.device:
+    """The first CUDA device that computes, else an Apple GPU, else the CPU; a note of those that are passed over."""
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        device = torch.device("cuda", index)
+        if (reason := _why_not(device)) is None:
+            return device if index else torch.device("cuda")
+        note(f"{device} does not compute and is passed over: {reason}")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _why_not(device: torch.device) -> str | None:
+    """Why a device does not compute, in torch's words; None if it does.
+
+    One that is there may be too old, or too new, for the kernels that torch was built with, or in use by somebody else alone.
+    """
+    if device.type == "cpu":
+        return None
+    try:
+        torch.ones(2, device=device).add_(1).sum().item()
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return None

@@ -8,7 +8,7 @@ SurgeryError
  +-- WeightError        (ValueError)    a weight that cannot be factorized (NaN, infinity)
  +-- ScalesError        (ValueError)    scales that do not fit the factors
  +-- OutputError        (OSError)       the output folder or the disk under it
- +-- ResourceError      (RuntimeError)  the system gives no more memory or threads
+ +-- ResourceError      (RuntimeError)  the system gives no more memory or threads, or a GPU fails
  +-- ClusterError       (RuntimeError)  a Ray cluster that cannot be reached, has no room, or has been lost
  +-- MissingExtra       (ImportError)   an optional package is needed for this
  +-- InstallationError  (ImportError)   another project has the same package
@@ -43,6 +43,8 @@ _ADVICE = {
 }
 #: Texts by which errors for too little memory are recognized: of torch, of C++, of libraries that cannot be loaded.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "std::bad_alloc", "Cannot allocate memory", "failed to map segment")
+_GPU_FULL = ("CUDA out of memory", "MPS backend out of memory")
+_GPU_FAILS = ("CUDA error", "CUBLAS_STATUS_", "CUSOLVER_STATUS_", "cudaError", "HIP error")
 _NO_THREADS = ("can't start new thread", "Resource temporarily unavailable")
 
 
@@ -107,7 +109,7 @@ class OutputError(SurgeryError, OSError):
 
 
 class ResourceError(SurgeryError, RuntimeError):
-    """The system gives no more memory, or no more threads."""
+    """The system gives no more memory, or no more threads, or a GPU fails."""
 
 
 class ClusterError(SurgeryError, RuntimeError):
@@ -136,8 +138,8 @@ def few(names: Iterable[object], *, most: int = 4, between: str = ", ") -> str:
 def naming_system_errors() -> Iterator[None]:
     """Translates errors around a public function: errors of the system that no inner function has translated become ours.
 
-    An error with a file becomes a ``ReadError``, one about memory or threads a ``ResourceError``. Errors of connections and
-    pipes pass unchanged.
+    An error with a file becomes a ``ReadError``, one about memory, threads or a GPU a ``ResourceError``. Errors of connections
+    and pipes pass unchanged.
     """
     try:
         yield
@@ -159,8 +161,14 @@ def advice(error: OSError) -> str:
 
 
 def _lacking(error: BaseException) -> ResourceError | None:
-    """The ``ResourceError`` for an error that means too little memory or too few threads; None for other errors."""
+    """The ``ResourceError`` for an error that means too little memory, too few threads or a GPU that fails; None for others."""
     texts = [str(cause) for cause in (error, error.__cause__) if cause is not None]
+    if any(sign in text for sign in _GPU_FULL for text in texts):
+        hint = "end what else uses it (nvidia-smi), or do without: --device cpu; then run the same command again"
+        return ResourceError("the GPU has not enough free memory", got=texts[0].partition("\n")[0][:300], hint=hint)
+    if any(sign in text for sign in _GPU_FAILS for text in texts):
+        hint = "see what the system says of it (nvidia-smi, dmesg), or do without: --device cpu"
+        return ResourceError("the GPU has failed", got=texts[0].partition("\n")[0][:300], hint=hint)
     if isinstance(error, MemoryError) or any(sign in text for sign in _NO_MEMORY for text in texts):
         got = next((text for text in texts if text), type(error).__name__).partition("\n")[0]
         return ResourceError("there is not enough memory", got=got[:300], hint=MEMORY_HINT)

@@ -12,6 +12,7 @@ STAGES = {
     "download": ("download",),
     "reader": ("read", "hash"),
     "worker": ("read", "hash", "copy", "difference", "svd", "residual", "correction", "merge", "fold"),
+    "host": ("correction",),
     "writer": ("hash", "write"),
 }
 

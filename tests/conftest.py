@@ -31,6 +31,7 @@ from click.testing import CliRunner  # noqa: E402
 
 import surgery  # noqa: E402
 from surgery.hub import patience  # noqa: E402
+from tests.gpus import GPUS, Gpu  # noqa: E402
 from tests.models import save_llama, save_mixed  # noqa: E402
 from tests.releases import OLDER  # noqa: E402
 
@@ -75,6 +76,20 @@ def factorized(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("factorized") / "f"
     surgery.factorize(llama, out, rank=4)
     return out
+
+
+@pytest.fixture(params=GPUS.values(), ids=GPUS)
+def gpu(request: pytest.FixtureRequest) -> Gpu:
+    """A GPU, ``cuda:0``: there while a context of it is entered."""
+    chosen: Gpu = request.param
+    return chosen
+
+
+@pytest.fixture
+def on_gpu(gpu: Gpu) -> Iterator[dict[str, int]]:
+    """A GPU, ``cuda:0``, with its counts."""
+    with gpu() as log:
+        yield log
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 import surgery
 import surgery.commands.factorize
 import surgery.commands.fold
+import tests.forks  # noqa: F401
 from tests.models import files_of  # and with it transformers: here, and not in each child
 
 Call = Callable[[Path], object]
@@ -116,12 +117,12 @@ def main(model: Path, folder: Path, trials: int, seed: int) -> None:
     factorized = folder / "truth f"
 
     def factorize(out: Path) -> None:
-        surgery.factorize(model, out, rank=4)
+        surgery.factorize(model, out, rank=4, device="cpu")
 
     def fold(out: Path, *, overwrite: bool = False) -> None:
         manifest = surgery.Manifest.read(factorized)
         scales = {target.key: torch.full(target.scales_shape, 1.5) for target in manifest.targets}
-        surgery.fold(factorized, scales, out, overwrite=overwrite)
+        surgery.fold(factorized, scales, out, overwrite=overwrite, device="cpu")
 
     def fold_anew(out: Path) -> None:
         fold(out, overwrite=True)

@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+import tests.forks  # noqa: F401
 from surgery.errors import OutputError
 from surgery.run.lock import locked
 

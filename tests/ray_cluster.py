@@ -26,8 +26,9 @@ import surgery
 from surgery.engine.lane import Lane
 from surgery.engine.ray import connected, run_remotely
 from surgery.engine.resources import Resources
+from surgery.engine.sharing import share_out
 from surgery.names import JOURNAL_DIR, PARTIALS_DIR
-from surgery.planning.memory import need_to_factorize, share_out
+from surgery.planning.memory import need_to_factorize
 from surgery.progress import Silent, heard, note
 
 
@@ -99,7 +100,7 @@ class Saying:
 @heard
 def said_elsewhere(*, progress: Silent) -> int:
     memory = share_out([need_to_factorize(target) for target in surgery.plan(Path(sys.argv[1])).targets], Resources())
-    with connected("cpu") as found, closing(run_remotely({0: Saying()}, found, memory, None)) as done:
+    with connected("cpu") as found, closing(run_remotely({0: Saying()}, found, memory, None, None)) as done:
         return dict(done)[0]
 
 

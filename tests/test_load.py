@@ -22,6 +22,7 @@ from surgery.files.file_records import FileRecord
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import Alias, CertificateRecord, ShardRecord, SourceRecord, TargetRecord
 from surgery.format.options import Options
+from surgery.format.top_k_records import TopKRecord
 from surgery.planning.memory import known_bytes
 from surgery.progress import Silent
 from surgery.run.engines import LocalEngine, ShardJobs, engine_of
@@ -124,7 +125,8 @@ def _manifest(count: int, rank: int, *, files: int = 4) -> Manifest:
 
     def target(i: int) -> TargetRecord:
         numbers = [float(f"{1e-6 + i * 1e-9 + j * 1e-8:.3g}") for j in range(rank)]
-        certificate = CertificateRecord("lanczos", 3, True, numbers, [float(f"{1 + value:.3g}") for value in numbers])
+        gaps, known = [float(f"{1 + value:.3g}") for value in numbers], TopKRecord("likely", 0.0123, 1e-6)
+        certificate = CertificateRecord("lanczos", 3, True, numbers, gaps, known)
         name, file = f"model.layers.{i % 64}.mlp.experts.{i}.up_proj.weight", f"model-{i % files}.safetensors"
         sample = (digest(i), digest(i + 1), 0.25)
         return TargetRecord(
@@ -176,7 +178,7 @@ class _Sent(LocalEngine):
 
     def run(self, jobs: ShardJobs[Any], which: Sequence[int], memory: Memory) -> Generator[tuple[int, Any], None, None]:
         self.sent = {index: pickle.dumps(jobs.remote(index)) for index in which}
-        with Lane(torch.device("cpu"), memory.workers, memory.buffer_bytes, None) as lane:
+        with Lane(torch.device("cpu"), memory) as lane:
             for index, job in self.sent.items():
                 yield index, pickle.loads(job)(lane, f"{index}")
 

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import surgery
+from surgery.linalg.proof import proof_bytes
+from surgery.planning.memory import need_to_factorize
 from tests.measure import measured_peak
 
 
@@ -83,3 +85,23 @@ def test_twice_the_layers_the_same_peak(tmp_path: Path) -> None:
     for small, large in zip(*_peaks(models), strict=True):
         # One matrix more or less may be in flight, as the threads happen to meet.
         assert large < small + 35e6 < small + 0.25 * (many - few)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_proof_takes_what_is_planned_for_it(tmp_path: Path) -> None:
+    model = tmp_path / "m"
+    model.mkdir()
+    weight = torch.randn(2400, 8) @ torch.randn(8, 2400) + 0.01 * torch.randn(2400, 2400)
+    save_file({"layers.0.mlp.up.weight": weight}, model / "model.safetensors")
+
+    def peak(prove: bool) -> int:
+        out = tmp_path / f"{prove}"
+        return measured_peak(f"surgery.factorize({str(model)!r}, {str(out)!r}, rank=4, device='cpu', prove={prove})", threads=1)
+
+    with ThreadPoolExecutor(2) as pool:
+        plain, proven = pool.map(peak, (False, True))
+    assert surgery.Manifest.read(tmp_path / "True").targets[0].top_k[0].verdict == "proven"
+    gram = 8 * 2400**2
+    assert plain + gram < proven < plain + proof_bytes(2400, 2400)
+    needs = [need_to_factorize(surgery.plan(model, rank=4).targets[0], prove=prove).working for prove in (False, True)]
+    assert needs[1] >= needs[0] + proof_bytes(2400, 2400)

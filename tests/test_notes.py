@@ -20,6 +20,7 @@ import surgery
 from surgery.cli.main import main
 from surgery.device import as_memory_allows
 from surgery.engine.lane import Lane
+from surgery.engine.resources import Memory
 from surgery.engine.threads import ReadAhead, WriteBehind
 from surgery.progress import heard, listening, note
 from surgery.solvers import lanczos, triplets
@@ -184,7 +185,7 @@ def test_threads_that_work_for_an_operation_are_heard_in_the_thread_that_called(
             assert list(ahead) == [0, 1, 2]
         with WriteBehind() as behind:
             behind.submit(note, "written")
-        with Lane(torch.device("cpu"), 2, 1 << 20) as lane:
+        with Lane(torch.device("cpu"), Memory(2, 1, 1 << 20)) as lane:
             for future in [lane.submit(note, "all the same") for _ in range(8)]:
                 future.result()
 
@@ -226,7 +227,7 @@ def test_operations_in_operations_and_beside_each_other() -> None:
 
         def note(self, message: str) -> None:
             super().note(message)
-            with pytest.warns(surgery.SurgeryWarning, match="inside"), Lane(torch.device("cpu"), 1, 1 << 20) as lane:
+            with pytest.warns(surgery.SurgeryWarning, match="inside"), Lane(torch.device("cpu"), Memory(1, 1, 1 << 20)) as lane:
                 lane.submit(outer, None).result(timeout=30)
 
     calling = Calling()

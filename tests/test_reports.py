@@ -278,7 +278,7 @@ def test_all_that_users_meet_is_exported() -> None:
     }  # fmt: skip
     others = {
         "Certificate", "ChooseDirections", "Factorized", "Factors", "Manifest", "Options", "Plan", "Progress", "SaveScales",
-        "Scales", "ScalesFile", "Silent", "TruncatedSVD",
+        "Scales", "ScalesFile", "Silent", "TopK", "TruncatedSVD",
     }  # fmt: skip
     expected = operations | others | {kind.__name__ for kind in reports | kinds} - {"PlanSummary"} | {"__version__"}
     assert set(surgery.__all__) == expected

@@ -11,7 +11,7 @@ import click
 
 from surgery.cli.bar import Bar
 from surgery.cli.options import MODEL, PATH, devices_option, json_option, memory_options, notes_and_quiet, quiet_option
-from surgery.cli.outcomes import kept_of_update, trainable_text
+from surgery.cli.outcomes import kept_of_update, top_k_text, trainable_text
 from surgery.cli.printing import print_json
 from surgery.cli.tables import table
 from surgery.cli.text import fitted, say, whole
@@ -33,6 +33,8 @@ def inspect(factorized: Path, as_json: bool) -> None:
                   unknown where all of it is in doubt
     residual      largest residual of a kept triplet over s_1, measured
     undetermined  kept directions that are not determined: no gap to the next value, or none that is known
+    largest       whether no larger singular value was missed: proven, likely or unknown; and the margin,
+                  by how much of s_1 one may still be above s_k
     """
     from surgery.commands import inspect as operation
 
@@ -52,14 +54,15 @@ def inspect(factorized: Path, as_json: bool) -> None:
             f"{target.max_residual:.1e}",
             "yes" if target.converged else "NO",
             str(target.undetermined),
+            _known(target.top_k, target.margin),
         ]
         for target in report.targets
     ]
     click.echo(
         table(
-            ["target", "shape", "dtype", "rank", "energy", "s_1", "s_k", "residual", "converged", "undetermined"],
+            ["target", "shape", "dtype", "rank", "energy", "s_1", "s_k", "residual", "converged", "undetermined", "largest"],
             rows,
-            flush_right=range(1, 10),
+            flush_right=range(1, 11),
             names=(0,),
         )
     )
@@ -70,12 +73,17 @@ def inspect(factorized: Path, as_json: bool) -> None:
             f"{report.layout} layout of {origin}: {len(report.targets)} targets, "
             f"{trainable_text(report.trainable, report.train or 'scales')}, "
             f"{len(report.skipped)} tensors passed over",
+            top_k_text(report.top_k),
         )
     )
     if not report.lossless:
         entries = [math.prod(target.matrices) for target in report.targets]
         lost = sum((target.inexact or 0) * n for target, n in zip(report.targets, entries, strict=True)) / max(sum(entries), 1)
         click.echo(fitted(f"not lossless (--no-correction): {lost:.1%} of the weights of targets cannot be recovered exactly"))
+
+
+def _known(verdict: str, margin: float | None) -> str:
+    return verdict if margin is None else f"{verdict} {margin:.2e}"
 
 
 def _doubt(share: float) -> str:
@@ -94,6 +102,7 @@ def _doubt(share: float) -> str:
     help="The model it was made from: for an overlay, which is checked in part without it, and for --repair.",
 )
 @click.option("--fast", is_flag=True, help="Hashes and headers only, no arithmetic.")
+@click.option("--prove", is_flag=True, help="Prove of each matrix that no larger singular value was missed; takes longer.")
 @click.option(
     "--repair", is_flag=True, help="First make missing and damaged files anew from MODEL, to the bytes that are on record."
 )
@@ -108,6 +117,7 @@ def verify(
     factorized: Path,
     base: str | None,
     fast: bool,
+    prove: bool,
     repair: bool,
     folded: str | None,
     scales: Path | None,
@@ -119,7 +129,8 @@ def verify(
 
     Every file has its sha256; headers and shapes fit; factors are orthonormal and singular values descend; residual,
     factors and correction give back each original weight (by the hash in the manifest); certificates, energies and
-    shares of inexact entries hold, measured anew; scales belong to the factors.
+    shares of inexact entries hold, measured anew; scales belong to the factors. Each matrix is searched for a larger
+    singular value than the kept ones, from a random start; with --prove it is proven that there is none.
 
     With --repair files that are missing or damaged are made anew first. A residual follows from MODEL and the factors;
     factors need the SVD again, with the same torch on the same kind of device. Nothing is replaced unless its sha256 is
@@ -133,7 +144,7 @@ def verify(
         from surgery.commands import verify as operation
 
     start = time.perf_counter()
-    report = operation.verify(factorized, base=base, fast=fast, repair=repair, **chosen, progress=bar)
+    report = operation.verify(factorized, base=base, fast=fast, prove=prove, repair=repair, **chosen, progress=bar)
     if as_json:
         print_json(report, seconds=time.perf_counter() - start)
     elif report.failures:
@@ -143,6 +154,8 @@ def verify(
         say(f"made anew: {whole(file)}", quiet=quiet)
     for note in report.unchecked:
         say(f"not checked: {note}", quiet=quiet)
+    if report.top_k is not None:
+        say(top_k_text(report.top_k), quiet=quiet)
     outcome = "all is as the manifest says" if report.ok else f"{len(report.failures)} checks failed"
     seconds = time.perf_counter() - start
     say(f"{whole(factorized)}: {outcome}; {report.files} files, {report.targets} targets in {seconds:.1f} s", quiet=quiet)

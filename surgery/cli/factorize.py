@@ -28,7 +28,7 @@ from surgery.cli.options import (
     stream_option,
     subfolder_option,
 )
-from surgery.cli.outcomes import trainable_text
+from surgery.cli.outcomes import top_k_text, trainable_text
 from surgery.cli.printing import print_json
 from surgery.cli.profile import profile_text
 from surgery.cli.report import plan_text
@@ -62,6 +62,7 @@ _PLANNING: tuple[str | Decorator, ...] = (
         "[default: residual; overlay where a target is quantized]",
     ),
     "correction",
+    "prove",
     click.option(
         "--train",
         type=click.Choice(TRAINS),
@@ -143,6 +144,7 @@ def factorize(
             f"on {report.device}",
             quiet=quiet,
         )
+        say(top_k_text(report.top_k), quiet=quiet)
         say(_next_steps(model, out, report.manifest, report.train), quiet=quiet)
 
 

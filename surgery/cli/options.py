@@ -151,6 +151,12 @@ _FIELD_OPTIONS: Mapping[str, Callable[..., Decorator]] = {
         show_default=True,
         help="Residual over the largest singular value at which the SVD stops.",
     ),
+    "prove": partial(
+        click.option,
+        "--prove",
+        is_flag=True,
+        help="Prove of each matrix that no larger singular value was missed; takes longer.",
+    ),
 }
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from surgery.cli.tables import table
 
 if TYPE_CHECKING:
+    from surgery.format.top_k_records import TopKSummary
     from surgery.names import Train
     from surgery.run.merging import MergedTensor
 
@@ -29,6 +30,13 @@ def share_text(share: float) -> str:
 def trainable_text(count: int, train: Train) -> str:
     """How many numbers there are to train, and in what."""
     return f"{count} trainable {'scales' if train == 'scales' else 'numbers in cores'}"
+
+
+def top_k_text(known: TopKSummary) -> str:
+    """Of how many matrices it is known that no larger singular value was missed."""
+    counts = f"proven for {known.proven} matrices, likely for {known.likely}, unknown for {known.unknown}"
+    margin = "" if known.margin is None else f"; margin at most {known.margin:.2e} of s_1 ({known.margin_in})"
+    return f"kept values are the largest: {counts}{margin}"
 
 
 def table_of_merged(tensors: Sequence[MergedTensor]) -> str:

@@ -14,6 +14,7 @@ _VERDICTS = {
     "download": "mostly the network",
     "reader": "mostly reading and hashing",
     "worker": "mostly arithmetic",
+    "host": "mostly encoding",
     "writer": "mostly writing and hashing",
 }
 

@@ -42,7 +42,9 @@ def plan_text(plan: Plan, seconds: float, *, every: bool) -> str:
         f"{trainable_text(plan.trainable, plan.train)}"
         + (f", {_reached(plan)} of the weights that would be targets" if plan.reached < 1 else "")
         + f"; {len(plan.skipped)} tensors passed over",
-        f"{plan.layout} layout, " + (f"recipe {plan.recipe}" if plan.recipe else "no recipe: the defaults for any model"),
+        f"{plan.layout} layout, "
+        + (f"recipe {plan.recipe}" if plan.recipe else "no recipe: the defaults for any model")
+        + (", each matrix with a proof" if plan.options.prove else ""),
         f"{plan.files_along} other files go along, {size(plan.bytes_along)}"
         + (f"; {len(plan.left_out)} files and folders stay behind" if plan.left_out else ""),
         f"reads {size(plan.bytes_read)}, writes at most about {size(plan.bytes_written)}, "

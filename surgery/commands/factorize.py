@@ -11,7 +11,9 @@ import torch
 from surgery.commands.inspect import largest_residual
 from surgery.device import on_its_own_terms
 from surgery.format.manifest import Manifest
+from surgery.format.manifest_records import summary_of
 from surgery.format.options import OptionKeywords, Options, chosen_options
+from surgery.format.top_k_records import TopKSummary
 from surgery.names import MANIFEST_FILE, STREAM_DIR, Train
 from surgery.planning.aliases import notes_of_equal
 from surgery.planning.plan import Layout, Plan, make_plan
@@ -21,7 +23,7 @@ from surgery.reports import NOT_IN_JSON, Report
 from surgery.run.engines import EngineName, EngineOptions, LocalEngine
 from surgery.run.factorization import Factorization
 from surgery.run.run import Run
-from surgery.shards.accuracy import unconverged_note
+from surgery.shards.accuracy import unconverged_note, unproven_note
 from surgery.shards.factorize_jobs import FactorizeJobs
 from surgery.source.open import open_source
 from surgery.source.protocol import Source
@@ -44,6 +46,7 @@ class FactorizeReport(Report):
         trainable: how many numbers there are to train.
         converged: whether the SVD of every target reached the tolerance.
         unconverged: the keys of those that did not.
+        top_k: of how many matrices it is known that no larger singular value was missed.
         bytes_written: of all files but the manifest and the scales.
         manifest: all that is known of it, as written.
     """
@@ -59,6 +62,7 @@ class FactorizeReport(Report):
     trainable: int
     converged: bool
     unconverged: tuple[str, ...]
+    top_k: TopKSummary
     bytes_written: int
     manifest: Manifest = field(repr=False, metadata=NOT_IN_JSON)
 
@@ -85,7 +89,8 @@ def plan(
 
     Args:
         model, layout, train, revision, subfolder: see ``factorize``.
-        options, rank, energy, max_rank, recipe, split, correction, include, exclude, seed, tolerance: see ``factorize``.
+        options, rank, energy, max_rank, recipe, split, correction, include, exclude, seed, tolerance, prove: see
+            ``factorize``.
         device, max_memory, max_device_memory, stream: see ``factorize``; on them depend memory and room on the disk alone.
         progress: told the notes that the plan holds; without it each is a ``SurgeryWarning``.
 
@@ -160,6 +165,8 @@ def factorize(
             fold gives ``round(R + U diag(s g) V^T)``, in which some 8 to 18 % of the weights differ in their last bits.
         include, exclude: globs over tensor names, see ``Options``.
         seed, tolerance: of the truncated SVD, see ``surgery.truncated_svd``.
+        prove: prove of each matrix that no larger singular value was missed, which takes longer. Where it cannot be proven, a
+            note says so, and ``top_k`` of the report.
         layout: ``residual``, self-contained, or ``overlay``, factors only, the weights staying where they are; the
             residual one by default, the overlay where targets are FP8.
         train: what the trainable file holds: ``scales``, one multiplier for each kept direction, or ``core``, a matrix (k, k)
@@ -239,7 +246,7 @@ def _publish_complete(run: Run, manifest: Manifest, train: Train) -> None:
 
 
 def _accuracy_notes(manifest: Manifest, plan: Plan) -> list[str]:
-    """Notes about targets whose SVD did not converge, and about those that hold less energy than was asked for."""
+    """Notes about targets whose SVD did not converge or was not proven, and those with less energy than was asked for."""
     notes, targets = [], manifest.targets
     if failed := {target.key: largest_residual(target) for target in targets if not target.converged}:
         hint = (
@@ -247,6 +254,9 @@ def _accuracy_notes(manifest: Manifest, plan: Plan) -> list[str]:
             "--rank or --seed, or --exclude them; a larger --tolerance says that this is good enough"
         )
         notes.append(unconverged_note(failed, f"{len(targets)} targets", manifest.options.tolerance, hint))
+    unproven = {target.key: target.worst_top_k for target in targets if target.worst_top_k.verdict != "proven"}
+    if manifest.options.prove and unproven:
+        notes.append(unproven_note(unproven, f"{len(targets)} targets"))
     asked = {target.key: target.energy for target in plan.targets if target.energy is not None}
     short = [t for t in targets if t.key in asked and t.energy < (asked[t.key] or 0) and t.rank < min(t.matrices[1:])]
     if short:
@@ -273,6 +283,7 @@ def _report(out: Path, manifest: Manifest, train: Train) -> FactorizeReport:
         trainable=sum(target.numbers_of(train) for target in manifest.targets),
         converged=not unconverged,
         unconverged=unconverged,
+        top_k=summary_of(manifest.targets),
         bytes_written=sum(record.size for record in manifest.output_files()),
         manifest=manifest,
     )

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from surgery.device import on_its_own_terms
+from surgery.engine.sharing import share_out
 from surgery.errors import FormatError, OptionError
 from surgery.files.access import read_errors
 from surgery.files.file_records import RESTORE_HINT, FileRecord, check_size_of, file_sha256, not_as_described
@@ -22,7 +23,7 @@ from surgery.format.manifest import Manifest
 from surgery.format.scales.reading import check_scales, train_of_values
 from surgery.lossless.update import Rounding
 from surgery.names import CONFIG_FILE, MANIFEST_FILE, STREAM_DIR, Train
-from surgery.planning.memory import known_bytes, need_to_fold, share_out
+from surgery.planning.memory import known_bytes, need_to_fold
 from surgery.progress import Progress, listening, phase
 from surgery.publish.results import publish_folded, submit_files
 from surgery.publish.told import FoldedChanges

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from surgery.device import on_its_own_terms
 from surgery.format.manifest import Manifest
-from surgery.format.manifest_records import SkippedRecord, SourceRecord, TargetRecord
+from surgery.format.manifest_records import SkippedRecord, SourceRecord, TargetRecord, summary_of
 from surgery.format.scales.reading import train_in
+from surgery.format.top_k_records import TopKSummary
 from surgery.names import SCALES_FILE, Train
 from surgery.reports import NOT_IN_JSON, Report
 
@@ -35,6 +36,9 @@ class InspectedTarget:
         passes: over the matrix, or over those of a stack together.
         max_residual: the largest residual of a kept direction, over s_1.
         undetermined: how many kept directions the matrix does not determine: no gap to the next value, or none that is known.
+        top_k: whether the kept values are the largest: ``proven``, ``likely`` or ``unknown``. The worst of its matrices.
+        margin: how far above ``s_last`` one that was missed may lie, over s_1; None where it is unknown. The worst as well.
+        chance: that this is wrong: 0 where it is proven, 1 where it is unknown.
         aliases: the tensors that hold the same parameter once more, and are edited together with it.
     """
 
@@ -57,10 +61,14 @@ class InspectedTarget:
     passes: int
     max_residual: float
     undetermined: int
+    top_k: str
+    margin: float | None
+    chance: float
     aliases: tuple[str, ...]
 
     @classmethod
     def of(cls, target: TargetRecord) -> InspectedTarget:
+        known = target.worst_top_k
         return cls(
             key=target.key,
             tensor=target.tensor,
@@ -81,6 +89,9 @@ class InspectedTarget:
             passes=sum(certificate.passes for certificate in target.certificates),
             max_residual=largest_residual(target),
             undetermined=undetermined(target),
+            top_k=known.verdict,
+            margin=known.margin,
+            chance=known.chance,
             aliases=tuple(alias.tensor for alias in target.aliases),
         )
 
@@ -96,6 +107,7 @@ class InspectReport(Report):
         fingerprint: of the factors; scales carry it.
         train: what its scales file holds: ``scales``, or ``core`` for cores; None where there is none that can be read.
         trainable: how many numbers there are to train; of scales, where there is no such file.
+        top_k: of how many matrices it is known that no larger singular value was missed.
         targets: what has been factorized.
         skipped: what was passed over.
         manifest: all of the manifest.
@@ -107,6 +119,7 @@ class InspectReport(Report):
     fingerprint: str
     train: Train | None
     trainable: int
+    top_k: TopKSummary
     targets: tuple[InspectedTarget, ...]
     skipped: tuple[SkippedRecord, ...]
     manifest: Manifest = field(repr=False, metadata=NOT_IN_JSON)
@@ -134,6 +147,7 @@ def inspect(factorized: str | Path) -> InspectReport:
         fingerprint=manifest.fingerprint,
         train=train,
         trainable=sum(target.numbers_of(train or "scales") for target in manifest.targets),
+        top_k=summary_of(manifest.targets),
         targets=tuple(map(InspectedTarget.of, manifest.targets)),
         skipped=tuple(manifest.skipped),
         manifest=manifest,

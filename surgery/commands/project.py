@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from surgery.device import choose_device, on_its_own_terms
+from surgery.device import on_its_own_terms
 from surgery.format.manifest import Manifest
 from surgery.format.scales.writing import write_scales
 from surgery.names import SCALES_FILE, Train
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.run.disk_room import check_room, download_needs
+from surgery.run.engines import LocalEngine, float64_device
 from surgery.run.output_paths import check_not_the_source, check_output_path
 from surgery.shards.projector import Closest, Projector, Sums, tuned_model
 from surgery.source.open import open_part
@@ -84,7 +85,8 @@ def project(
     without use stays that of I. W is the original weight, for FP8 in float32; for a residual without a correction it is
     what a fold with untouched scales gives. Computed in float64 from the difference of the weights.
 
-    Streams both models: the memory needed is that of the largest target, for a stack of some of its matrices, in both.
+    Streams both models: the memory needed is that of the largest target, for a stack of some of its matrices, in both; as
+    often as targets are compared at a time, one on each core as far as half of the free memory allows.
 
     Args:
         factorized: a folder written by ``factorize``.
@@ -113,8 +115,7 @@ def project(
         OptionError: a base that is not needed; no such device.
     """
     progress = listening()
-    where = choose_device(str(device))
-    where = torch.device("cpu") if where.type == "mps" else where  # which has no float64
+    engine = LocalEngine(float64_device(str(device)))
     factorized, out = Path(factorized), Path(out)
     manifest = Manifest.read(factorized)
     weights = weights_of(factorized, manifest, base)
@@ -128,7 +129,7 @@ def project(
             model = stack.enter_context(tuned_model(source, factorized, manifest, weights))
         checkpoint = stack.enter_context(FactorizedWeights(factorized, manifest, weights))
         found = Closest(manifest.targets, train)
-        Projector(checkpoint, model, where, train).run(progress, found.add)
+        Projector(checkpoint, model, train).run(engine, found.add)
     for read in (source, weights):
         read.watch.check()
     write_scales(out, found.values, manifest.fingerprint, train)

@@ -13,6 +13,7 @@ import torch
 from surgery.device import as_memory_allows
 from surgery.engine.lane import Lane
 from surgery.engine.resources import Memory
+from surgery.engine.sharing import share_out
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece
 from surgery.errors import FormatError, OptionError, OutputError, SourceError, SurgeryError
 from surgery.files.access import write_errors
@@ -25,9 +26,8 @@ from surgery.format.safetensors import ShardReader
 from surgery.format.scales.writing import write_untouched
 from surgery.format.tensor_view import by_tensor
 from surgery.lossless.split import split
-from surgery.memory import bytes_of
 from surgery.names import JOURNAL_DIR, SCALES_FILE
-from surgery.planning.memory import collected_bytes, need_to_factorize, share_out
+from surgery.planning.memory import collected_bytes, need_to_factorize
 from surgery.planning.plan import Layout, ShardPlan
 from surgery.planning.recipes import Recipe, find_recipe
 from surgery.planning.targets import Target, extent
@@ -112,7 +112,7 @@ def repair_files(folder: Path, manifest: Manifest, source: Source, by: LocalEngi
                 needed = sum(record.size for i in which for record in manifest.shards[i].written)
                 check_room(DiskNeed(folder, needed, "what is repaired"), *download_needs(source))
                 jobs = _RepairJobs(folder, manifest, source, lost, progress)
-                memory = jobs.memory(by, which)
+                memory = jobs.memory(by)
                 with phase(progress, "repairing", sum(manifest.shards[i].source.size for i in which)):
                     with closing(by.run(jobs, which, memory)) as finished:
                         for _, (done, error, wanted) in finished:
@@ -164,13 +164,15 @@ class _RepairJobs:
             headers = {shard: source.header(shard) for shard in source.selection.shards}
             self._quantized = quantization_in(source, headers).weights
 
-    def memory(self, by: LocalEngine, which: Iterable[int]) -> Memory:
-        """Memory for the jobs of these shards, with windows as in the run that made them: the same matrices share a batch."""
-        targets = [self._target(one) for i in which for one in self._manifest.targets_of(self._manifest.shards[i].source.file)]
+    def memory(self, by: LocalEngine) -> Memory:
+        """Memory for the jobs, with windows as in the run that made the files: the same matrices share a batch."""
+        targets = [self._target(one) for one in self._manifest.targets]
         memory = share_out(
-            [need_to_factorize(target) for target in targets],
+            [need_to_factorize(target, prove=self._manifest.options.prove) for target in targets],
             by.resources,
             kept=collected_bytes(targets, len(self._manifest.targets) + len(self._manifest.skipped)),
+            windows="resident",
+            longest=max(shard.source.size for shard in self._manifest.shards),
         )
         self._window = memory.window_bytes
         return memory
@@ -279,7 +281,8 @@ class _RepairJobs:
                 for piece in window:
                     if isinstance(piece, TargetPiece):
                         self._progress.item(piece.entry.name)
-                    writer.write(bytes_of(piece.buffer))
+                    for data in lane.buffers.parts(piece.buffer):
+                        writer.write(data)
                     self._progress.advance(len(piece))
 
             walk = stack.enter_context(ShardWalk(source, portions, lane.buffers, lane.timing))
@@ -325,7 +328,7 @@ def _split(piece: TargetPiece, target: TargetRecord, factors: FactorsReader, dev
         kept = factors.factors(target, piece.first + i)
 
         def residual(weight: Sequence[torch.Tensor], where: torch.device) -> list[torch.Tensor]:
-            return [split(weight[0].to(where), kept.to(where), correct=False).residual.cpu()]  # noqa: B023  # used at once
+            return [split(weight[0].to(where), kept.to(where), correct=False).residual]  # noqa: B023  # used at once
 
         matrix.copy_(as_memory_allows(residual, [matrix], device)[0])
     if target.slice is not None:

@@ -13,19 +13,21 @@ import torch
 from surgery.commands.repair import Repaired, repair_files, source_to_repair_from
 from surgery.device import on_its_own_terms
 from surgery.engine.lane import Lane
+from surgery.engine.sharing import share_out
 from surgery.errors import OptionError, SurgeryError
 from surgery.files.watch import Watch
 from surgery.format.manifest import Manifest, fingerprint_of
 from surgery.format.scales.reading import read_scales
+from surgery.format.top_k_records import TopKSummary
 from surgery.names import MANIFEST_FILE, SCALES_FILE
-from surgery.planning.memory import known_bytes, need_to_verify, share_out
+from surgery.planning.memory import known_bytes, need_to_verify
 from surgery.planning.targets import DEFAULT_MAX_RANK, matches
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
 from surgery.run.disk_room import check_room, download_needs
 from surgery.run.engines import LocalEngine, float64_device
 from surgery.shards.failures import CheckedCheckpoint, Failure, Failures, check_recorded_file
-from surgery.shards.verify_shard import ShardCheck
+from surgery.shards.verify_shard import ShardCheck, ShardFound
 from surgery.solvers.limits import check_accuracy
 from surgery.weights.checkpoint import weights_of, weights_of_base
 from surgery.weights.overlay import open_base
@@ -42,6 +44,8 @@ class VerifyReport(Report):
         failures: what does not hold.
         unchecked: what could not be looked at, and why.
         repaired: the files that were made anew.
+        top_k: of how many matrices it is known that no larger singular value was missed, by what was measured here and not by
+            what the manifest says; None where no weights were looked at.
     """
 
     ok: bool
@@ -50,6 +54,7 @@ class VerifyReport(Report):
     failures: tuple[Failure, ...]
     unchecked: tuple[str, ...]
     repaired: tuple[str, ...]
+    top_k: TopKSummary | None
 
 
 @on_its_own_terms
@@ -58,6 +63,7 @@ def verify(
     *,
     base: str | Path | None = None,
     fast: bool = False,
+    prove: bool = False,
     repair: bool = False,
     device: str | torch.device = "auto",
     max_memory: int | None = None,
@@ -73,6 +79,8 @@ def verify(
         base: the model it was made from, folder or hub id: for an overlay, or residuals without a correction, whose weights
             cannot be looked at otherwise; ``unchecked`` says so. And for ``repair``, if the manifest does not name it.
         fast: hashes and headers only.
+        prove: prove of each matrix that no larger singular value was missed, whatever the manifest says of it; a check fails
+            where it cannot be proven. Without it each matrix is searched for one, from a random start that nobody can foresee.
         repair: first make files anew that are missing or damaged, from the base, to the bytes that the manifest records; what
             would come out otherwise is left as it is, and so are scales that are there.
         device: where the arithmetic runs: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, several as ``cuda:0,cuda:1``, or ``all``
@@ -84,13 +92,20 @@ def verify(
         What does not hold, and what could not be looked at; ``ok`` where all holds that was looked at.
 
     Raises:
-        OptionError: a base that is not needed, or with ``repair`` none.
+        OptionError: a base that is not needed, or with ``repair`` none; or a proof without the weights.
         OutputError: with ``repair``, another run holds the folder, it is the base, or the disk is too small or fails.
         SurgeryError: there is no manifest to check against, or no such base.
     """
+    if fast and prove:
+        raise OptionError("--fast and --prove contradict each other", hint="a proof needs the weights: leave --fast out")
     progress = listening()
     folder = Path(factorized)
     manifest = Manifest.read(folder)
+    is_own = manifest.layout == "residual" and manifest.lossless
+    if prove and not is_own and base is None:
+        raise OptionError(
+            f"a proof needs the weights, and {folder} does not hold them", hint="--base MODEL, which it was made from"
+        )
     exact_on = float64_device(str(device))  # weights are recovered in float64
     done = Repaired((), {})
     if repair:
@@ -102,26 +117,25 @@ def verify(
         failures.expect(False, file, "repair", reason, error.expected or "")
     _check_manifest(manifest, failures)
     _check_scales(folder, manifest, failures)
-    is_own = manifest.layout == "residual" and manifest.lossless
     weights = None if fast else _weights(folder, manifest, None if repair and is_own else base, unchecked)
     watch = weights.watch if weights is not None and weights.holds_residuals else Watch()
     checks = LocalEngine(exact_on, max_memory, max_device_memory, None)
     kept = known_bytes(manifest.targets, len(manifest.targets) + len(manifest.skipped))
-    memory = share_out([need_to_verify(target) for target in manifest.targets], checks.resources, kept=kept)
+    memory = share_out([need_to_verify(target, prove=prove) for target in manifest.targets], checks.resources, kept=kept)
     checkpoint = CheckedCheckpoint(folder, manifest, weights)
     if weights is not None:
         _ = weights.quantized  # fails before any work if the headers of a base cannot be had
-    jobs = _VerifyJobs(checkpoint, watch, 0 if fast else memory.window_bytes, progress)
+    jobs = _VerifyJobs(checkpoint, watch, 0 if fast else memory.window_bytes, prove, progress)
     with phase(progress, "verifying", jobs.bytes_read):
         for record in manifest.files:
             progress.item(record.file)
             check_recorded_file(folder, record, watch, failures)
             progress.advance(record.size)
-        found: dict[int, list[Failure]] = {}
+        found: dict[int, ShardFound] = {}
         with closing(checks.run(jobs, range(len(manifest.shards)), memory)) as finished:
             found.update(finished)
         for index in range(len(manifest.shards)):
-            failures.found += found[index]
+            failures.found += found[index].failures
         _check_unchanged(checkpoint, watch, failures)
     if fast:
         unchecked.append("factors, recovery and certificates (--fast)")
@@ -132,23 +146,26 @@ def verify(
         failures=tuple(failures.found),
         unchecked=tuple(unchecked),
         repaired=done.files,
+        top_k=None if weights is None else TopKSummary.of(one for index in sorted(found) for one in found[index].top_k),
     )
 
 
 class _VerifyJobs:
-    """The ``LocalJobs`` of ``verify``. The result of a job is the list of failed checks of a shard.
+    """The ``LocalJobs`` of ``verify``. The result of a job is what was found of a shard.
 
     Args:
         checkpoint: what is checked.
         watch: of the checkpoint's own files.
         window_bytes: how much of a shard is worked on together; 0: only hashes and headers are checked.
+        prove: whether it is proven of each matrix that no larger singular value was missed.
         progress: told how far it is.
     """
 
-    def __init__(self, checkpoint: CheckedCheckpoint, watch: Watch, window_bytes: int, progress: Progress) -> None:
+    def __init__(self, checkpoint: CheckedCheckpoint, watch: Watch, window_bytes: int, prove: bool, progress: Progress) -> None:
         self._checkpoint = checkpoint
         self._watch = watch
         self._window_bytes = window_bytes
+        self._prove = prove
         self._progress = progress
         self._passed: dict[str, set[str]] = {}
         for skipped in checkpoint.manifest.skipped:
@@ -181,10 +198,11 @@ class _VerifyJobs:
                     base.path(shard.source.file)
             yield index
 
-    def do_shard(self, index: int, lane: Lane, on_read: Callable[[], object]) -> list[Failure]:
+    def do_shard(self, index: int, lane: Lane, on_read: Callable[[], object]) -> ShardFound:
         shard = self._checkpoint.manifest.shards[index]
         passed = self._passed.get(shard.source.file, set())
-        return ShardCheck(self._checkpoint, shard, passed, self._watch, self._window_bytes, self._progress).run(lane, on_read)
+        check = ShardCheck(self._checkpoint, shard, passed, self._watch, self._window_bytes, self._prove, self._progress)
+        return check.run(lane, on_read)
 
     def close(self) -> None:
         """Nothing to stop: files are fetched one by one, in ``acquired``."""

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import torch
 
-from surgery.device import choose_device, on_its_own_terms
+from surgery.device import on_its_own_terms
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import TargetRecord
 from surgery.format.scales.writing import distance
 from surgery.lossless.kept import Kept
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
+from surgery.run.engines import LocalEngine, float64_device
 from surgery.shards.projector import Components, Projector, tuned_model
 from surgery.source.open import open_part
 from surgery.trained.reading import read_any_trained, trained_path
@@ -73,8 +74,7 @@ def verify_folded(
         OptionError: no such device.
     """
     progress = listening()
-    where = choose_device(str(device))
-    where = torch.device("cpu") if where.type == "mps" else where  # which has no float64
+    engine = LocalEngine(float64_device(str(device)))
     folder = Path(factorized)
     manifest = Manifest.read(folder)
     trained = read_any_trained(trained_path(Path(scales)), folder, manifest)
@@ -91,7 +91,7 @@ def verify_folded(
         updates.append(KeptUpdate(target.key, Kept(asked, float((change * found.values).sum()), None, asked)))
 
     with model, FactorizedWeights(folder, manifest, weights) as checkpoint:
-        Projector(checkpoint, model, where, trained.train).run(progress, measure)
+        Projector(checkpoint, model, trained.train).run(engine, measure)
     for read in (source, weights):
         read.watch.check()
     kept = KeptSummary.of(updates)

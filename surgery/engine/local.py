@@ -16,8 +16,8 @@ from surgery.engine.threads import ReadAhead, Stopped
 _Job = TypeVar("_Job")
 _Result = TypeVar("_Result")
 
-#: Jobs that a lane works on at a time: one whose shard is being read, one whose last windows are computed and written.
-JOBS_PER_LANE = 2
+#: Jobs that a lane works on for each shard that it reads at a time: that one, and one whose last windows are being written.
+JOBS_PER_READER = 2
 
 
 def run_jobs(
@@ -44,8 +44,8 @@ def run_jobs(
         jobs_left = _JobsLeft(ahead)
         runners = []
         for lane in lanes:
-            turn = threading.Semaphore(1)
-            for _ in range(JOBS_PER_LANE):
+            turn = threading.Semaphore(lane.readers)
+            for _ in range(JOBS_PER_READER * lane.readers):
                 arguments = (_do_jobs, do_job, jobs_left, lane, turn, finished)
                 runners.append(threading.Thread(target=copy_context().run, args=arguments, name="surgery-job"))
         going, first, begun = 0, None, time.perf_counter()
@@ -113,7 +113,7 @@ def _do_jobs(
     turn: threading.Semaphore,
     finished: queue.SimpleQueue[tuple[Any, Any, BaseException | None]],
 ) -> None:
-    """One thread of a lane: does jobs until there are no more. One shard of a lane is read at a time.
+    """One thread of a lane: does jobs until there are no more. As many shards are read at a time as the lane has readers.
 
     Args:
         do_job: as for ``run_jobs``.

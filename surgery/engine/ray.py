@@ -12,10 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
-import torch
-
 from surgery.arithmetic import exact_arithmetic
 from surgery.device import choose_device, device_name
+from surgery.engine.device_memory import free_memory, limited, total_memory
 from surgery.engine.lane import Lane
 from surgery.engine.resources import Memory
 from surgery.errors import ClusterError, MissingExtra, OptionError, SurgeryError
@@ -51,6 +50,7 @@ class Cluster:
         cores: of the smallest machine that can do tasks, divided by its GPUs if these are used.
         memory: bytes of host memory for each task; None if Ray does not say.
         device_memory: bytes of a GPU's memory; None without GPUs.
+        device_free: those of them that nobody used, on the GPU that was asked; None without GPUs.
     """
 
     device: str
@@ -58,6 +58,7 @@ class Cluster:
     cores: int
     memory: int | None
     device_memory: int | None
+    device_free: int | None
 
 
 @contextmanager
@@ -112,21 +113,25 @@ def _cluster(ray: Any, device: str) -> Cluster:
     if with_gpu and device != "cpu":
         cores = min(max(1, int(node["CPU"] // node["GPU"])) for node in with_gpu)
         described = ray.remote(num_gpus=1, num_cpus=0)(_describe)
-        name, device_memory = ray.get(described.remote())
+        name, device_memory, device_free = ray.get(described.remote())
         memory = min(int(node.get("memory", 0) // node["GPU"]) for node in with_gpu)
-        return Cluster("cuda", name, cores, memory or None, device_memory)
+        return Cluster("cuda", name, cores, memory or None, device_memory, device_free)
     cores = min(int(node["CPU"]) for node in nodes)
     memory = min(int(node.get("memory", 0) * cores // node["CPU"]) for node in nodes)
-    return Cluster("cpu", "cpu", cores, memory or None, None)
+    return Cluster("cpu", "cpu", cores, memory or None, None, None)
 
 
-def _describe() -> tuple[str, int]:
+def _describe() -> tuple[str, int, int]:
     device = choose_device("cuda")
-    return device_name(device), torch.cuda.get_device_properties(device).total_memory
+    return device_name(device), total_memory([device]), free_memory([device])
 
 
 def run_remotely(
-    jobs: Mapping[int, RemoteJob[_Result]], cluster: Cluster, memory: Memory, timing: Timing | None
+    jobs: Mapping[int, RemoteJob[_Result]],
+    cluster: Cluster,
+    memory: Memory,
+    max_device_memory: int | None,
+    timing: Timing | None,
 ) -> Generator[tuple[int, _Result], None, None]:
     """Do jobs on a cluster; yields their keys and results, in the order in which they are finished.
 
@@ -136,6 +141,7 @@ def run_remotely(
         jobs: by key. Each takes as many cores as the smallest machine has; with GPUs, a GPU and its share of them.
         cluster: that ``connected`` gave.
         memory: how each task uses its memory.
+        max_device_memory: bytes of a GPU that torch keeps to in each task; None for no limit.
         timing: receives where the time of the tasks went.
 
     Raises:
@@ -148,7 +154,9 @@ def run_remotely(
         max_retries=_RETRIES,
         retry_exceptions=[ConnectionError, TimeoutError],
     )(_run)
-    waiting = {task.remote(job, cluster.device, memory, timing is not None): key for key, job in jobs.items()}
+    waiting = {
+        task.remote(job, cluster.device, memory, max_device_memory, timing is not None): key for key, job in jobs.items()
+    }
     try:
         while waiting:
             finished, _ = ray.wait(list(waiting), num_returns=1)
@@ -160,6 +168,8 @@ def run_remotely(
                 timing.add(done.seconds)
                 timing.wall += done.wall
                 timing.threads = {"download": 1, "reader": 1, "worker": memory.workers, "writer": 1}
+                if cluster.device == "cuda":
+                    timing.threads["host"] = cluster.cores
             yield key, done.result
     finally:
         for reference in waiting:
@@ -200,13 +210,14 @@ def _result(ray: Any, reference: Any) -> _Done[Any]:
     return result
 
 
-def _run(job: RemoteJob[_Result], kind: str, memory: Memory, timed: bool) -> _Done[_Result]:
+def _run(job: RemoteJob[_Result], kind: str, memory: Memory, max_device_memory: int | None, timed: bool) -> _Done[_Result]:
     """The body of a task: does one job in a process of Ray.
 
     Args:
         job: to do.
         kind: of device, ``cpu`` or ``cuda``.
         memory: how it is used.
+        max_device_memory: bytes of a GPU that torch keeps to; None for no limit.
         timed: whether to measure where the time goes.
     """
     import ray
@@ -219,7 +230,8 @@ def _run(job: RemoteJob[_Result], kind: str, memory: Memory, timed: bool) -> _Do
 
     @heard
     def do_job(*, progress: Progress) -> _Result:
-        with exact_arithmetic(), Lane(choose_device(kind), memory.workers, memory.buffer_bytes, timing) as lane:
+        device = choose_device(kind)
+        with exact_arithmetic(), limited([device], max_device_memory), Lane(device, memory, timing) as lane:
             return job(lane, attempt)
 
     result = do_job(progress=said)

@@ -3,35 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import torch
 
 from surgery.engine.buffers import Buffers
 from surgery.engine.threads import ReadAhead
 from surgery.files.file_writer import CHUNK_BYTES
-from surgery.format.header import TensorEntry
+from surgery.format.header import Header, TensorEntry
 from surgery.format.safetensors import ShardReader
-from surgery.memory import bytes_of, return_free_memory
-from surgery.progress import Progress
 from surgery.timing import Timing, timed
-
-#: Bytes of a shard that pass before freed memory is returned to the system.
-_TRIM_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Bytes:
-    """A piece of what lies between targets, kept as bytes: ``buffer`` is uint8 (bytes,), on the CPU."""
+    """A piece of what lies between targets, kept as bytes: ``buffer`` is uint8 (bytes,)."""
 
     buffer: torch.Tensor
-
-    @property
-    def data(self) -> memoryview:
-        return bytes_of(self.buffer)
 
     def __len__(self) -> int:
         return len(self.buffer)
@@ -39,7 +30,7 @@ class Bytes:
 
 @dataclass(frozen=True, slots=True)
 class TargetPiece:
-    """A piece that is a tensor with targets in it, or some of the matrices of a stack; in its own dtype, on the CPU.
+    """A piece that is a tensor with targets in it, or some of the matrices of a stack; in its own dtype.
 
     Attributes:
         entry: what the header says of the tensor.
@@ -60,9 +51,50 @@ class TargetPiece:
 Piece = Bytes | TargetPiece
 
 
-def windows(pieces: Iterable[Piece], limit: int) -> Iterator[list[Piece]]:
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Where a piece is in a file.
+
+    Attributes:
+        start, stop: of its bytes in the data.
+        entry, first: as for ``TargetPiece``; None for bytes between targets.
+        count: how many matrices of a stack it is; None for a whole tensor.
+    """
+
+    start: int
+    stop: int
+    entry: TensorEntry | None = None
+    first: int = 0
+    count: int | None = None
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+def spans(header: Header, targets: Mapping[str, int | None]) -> Iterator[Span]:
+    """The pieces of a weight file, in the order of the file. Arguments are those of ``ShardWalk``."""
+    position = 0
+    for entry in header.tensors:
+        if entry.name not in targets:
+            continue
+        yield from _between(position, entry.start)
+        for first, count in _portions(entry, targets[entry.name]):
+            yield Span(*ShardReader.span(entry, first, count), entry, first, count)
+        position = entry.end
+    yield from _between(position, header.data_bytes)
+
+
+def _between(start: int, end: int) -> Iterator[Span]:
+    for position in range(start, end, CHUNK_BYTES):
+        yield Span(position, min(position + CHUNK_BYTES, end))
+
+
+_Sized = TypeVar("_Sized", bound=Sized)
+
+
+def windows(pieces: Iterable[_Sized], limit: int) -> Iterator[list[_Sized]]:
     """Groups successive pieces into windows of at least ``limit`` bytes; the last window may be shorter."""
-    window: list[Piece] = []
+    window: list[_Sized] = []
     held = 0
     for piece in pieces:
         window.append(piece)
@@ -85,7 +117,7 @@ class ShardWalk:
         reader: of the shard.
         targets: names of the tensors to give as ``TargetPiece``, each with how many matrices of a stack to give at a time,
             or None for the whole tensor.
-        buffers: where the memory of the pieces comes from; whoever uses a piece gives its buffer back. None: fresh memory.
+        buffers: where the memory of the pieces comes from, on the CPU or on a GPU; whoever uses a piece gives its buffer back.
         timing: records how long the reading takes.
     """
 
@@ -93,7 +125,7 @@ class ShardWalk:
         self,
         reader: ShardReader,
         targets: Mapping[str, int | None],
-        buffers: Buffers | None = None,
+        buffers: Buffers,
         timing: Timing | None = None,
     ) -> None:
         self._reader = reader
@@ -113,7 +145,7 @@ class ShardWalk:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if error is not None and self._buffers is not None:
+        if error is not None:
             self._buffers.stop()  # the reader may be waiting for a buffer that is never given back
         self._ahead.__exit__(kind, error, trace)
 
@@ -124,38 +156,29 @@ class ShardWalk:
         """All pieces of the shard, made in the reading thread."""
         if self._timing is not None:
             self._timing.watch("reader")
-        position = 0
-        for entry in self._reader.header.tensors:
-            if entry.name not in self._targets:
-                continue
-            yield from self._between(position, entry.start)
-            for first, count in _portions(entry, self._targets[entry.name]):
-                yield self._target(entry, first, count)
-            position = entry.end
-        yield from self._between(position, self._reader.header.data_bytes)
+        for span in spans(self._reader.header, self._targets):
+            buffer = self._read(span.start, len(span))
+            if span.entry is None:
+                yield Bytes(buffer)
+            else:
+                yield TargetPiece(span.entry, span.first, self._reader.shaped(buffer, span.entry, span.count), buffer)
         self._reader.check_unchanged()
-
-    def _target(self, entry: TensorEntry, first: int, count: int | None) -> TargetPiece:
-        start, stop = self._reader.span(entry, first, count)
-        buffer = self._read(start, stop - start)
-        return TargetPiece(entry, first, self._reader.shaped(buffer, entry, count), buffer)
-
-    def _between(self, start: int, end: int) -> Iterator[Bytes]:
-        for position in range(start, end, CHUNK_BYTES):
-            yield Bytes(self._read(position, min(CHUNK_BYTES, end - position)))
 
     def _read(self, start: int, count: int) -> torch.Tensor:
         """Read and hash bytes of the data, into a buffer uint8 (count,)."""
-        buffer = self._reader.empty(count) if self._buffers is None else self._buffers.take(count)
-        try:
+
+        def read(part: memoryview, done: int) -> None:
             with timed("read"):
-                self._reader.read_into(bytes_of(buffer), start)
+                self._reader.read_into(part, start + done)
+            with timed("hash"):
+                self._sha256.update(part)
+
+        buffer = self._buffers.take(count)
+        try:
+            self._buffers.fill(buffer, read)
         except BaseException:  # only this method knows the buffer, and the lane may go on with other shards
-            if self._buffers is not None:
-                self._buffers.give(buffer)
+            self._buffers.give(buffer)
             raise
-        with timed("hash"):
-            self._sha256.update(bytes_of(buffer))
         return buffer
 
 
@@ -165,20 +188,6 @@ def looked_at(pieces: Iterable[Piece], on_target: Callable[[TargetPiece], object
         if isinstance(piece, TargetPiece):
             on_target(piece)
         yield piece
-
-
-def with_progress(walk: ShardWalk, progress: Progress) -> Iterator[Piece]:
-    """Passes the pieces of a walk without ``buffers`` on one by one, and tells the progress of their use."""
-    passed = 0
-    for piece in walk:
-        if isinstance(piece, TargetPiece):
-            progress.item(piece.entry.name)
-        yield piece
-        progress.advance(len(piece))
-        passed += len(piece)
-        if passed >= _TRIM_BYTES:
-            passed = 0
-            return_free_memory()
 
 
 def _portions(entry: TensorEntry, at_a_time: int | None) -> Iterator[tuple[int, int | None]]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from surgery.engine.resources import Resources
+from surgery.engine.sharing import share_out
 from surgery.errors import OptionError, few
 from surgery.extraction.budget import ranks_of_budget
 from surgery.extraction.records import ExtractedShard, balanced, saved_key
@@ -24,7 +25,7 @@ from surgery.format.safetensors import DTYPE_NAMES, TORCH_DTYPES, ShardReader, s
 from surgery.lossless.factors import Factors
 from surgery.names import ADAPTER_CONFIG, EXTRACTION_FILE, FACTORIZABLE_DTYPES, PARTS_DIR, factor_key
 from surgery.planning.extents import Extent
-from surgery.planning.memory import known_bytes, need_to_compare, need_to_extract, share_out
+from surgery.planning.memory import known_bytes, need_to_compare, need_to_extract
 from surgery.planning.plan import AliasSearch, Plan, make_plan
 from surgery.planning.targets import check_all_match, matches
 from surgery.progress import listening, phase
@@ -179,7 +180,7 @@ class Extraction:
         needs = [need_to_extract(target) for target in plan.targets]
         needs += [need_to_compare(self._entries[name], file) for name, file in whole]
         stacks = max((target.factor_bytes for target in plan.targets if target.matrices[0] > 1), default=0)
-        memory = share_out(needs, resources, kept=stacks + known_bytes(plan.targets, len(self._entries)))
+        memory = share_out(needs, resources, kept=stacks + known_bytes(plan.targets, len(self._entries)), windows="together")
         saved = sum(self._entries[name].nbytes for name in self.saved)
         factors = sum(target.factor_bytes for target in plan.targets)
         tuned = sum(self.other.size(shard) for shard in self.other.selection.shards)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
+from collections.abc import Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,9 @@ MAX_JSON_BYTES = 1 << 26
 MAX_OWN_JSON_BYTES = 1 << 29
 #: Levels of nesting: far more than any config has, and few enough that Python can also compare and print what is read.
 _MOST_LEVELS = 100
+#: Metadata of a field of a dataclass that is not written while it has its default, and may be missing where it is read. Such a
+#: field is newer than the format: what an earlier version wrote is read, and written again as it was.
+NOT_IN_EARLIER: Mapping[str, bool] = {"not in earlier versions": True}
 _TOO_DEEP = f"nested deeper than {_MOST_LEVELS} levels"
 #: How many tokens of the encoder (a number, a bracket ...) are joined at a time.
 _TOKENS = 1 << 14
@@ -32,7 +36,13 @@ def json_bytes(value: Any) -> bytes:
 
 
 def _fields(record: Any) -> dict[str, Any]:
-    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+    values = ((field, getattr(record, field.name)) for field in dataclasses.fields(record))
+    return {field.name: value for field, value in values if not (is_later(field) and value == field.default)}
+
+
+def is_later(field: dataclasses.Field[Any]) -> bool:
+    """Whether a field is marked with ``NOT_IN_EARLIER``."""
+    return field.metadata.keys() >= NOT_IN_EARLIER.keys()
 
 
 def read_json_object(path: Path, name: str, *, most: int = MAX_JSON_BYTES) -> dict[str, Any]:

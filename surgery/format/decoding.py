@@ -9,6 +9,7 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from surgery.errors import FormatError, few
+from surgery.files.json_files import is_later
 
 _T = TypeVar("_T")
 #: Called with a JSON value and its place in the file, gives the value of the annotated type; raises FormatError.
@@ -28,7 +29,8 @@ def decode(kind: type[_T], value: Any, where: str) -> _T:
         where: the place in the file, for messages.
 
     Raises:
-        FormatError: a field is unknown or of another type, or is missing and has no ``default_factory``.
+        FormatError: a field is unknown or of another type, or is missing and has neither a ``default_factory``
+            nor the mark that earlier versions did not have it.
     """
     if not isinstance(value, dict):
         raise FormatError(f"{where}: expected an object", got=type(value).__name__)
@@ -43,7 +45,7 @@ def _fields_of(kind: type) -> tuple[dict[str, _Decoder], frozenset[str]]:
     """A decoder for each field of a dataclass, and the names of the fields that must be given."""
     hints = get_type_hints(kind)
     fields = dataclasses.fields(kind)
-    needed = frozenset(part.name for part in fields if part.default_factory is dataclasses.MISSING)
+    needed = frozenset(part.name for part in fields if part.default_factory is dataclasses.MISSING and not is_later(part))
     return {part.name: _decoder_of(hints[part.name]) for part in fields}, needed
 
 

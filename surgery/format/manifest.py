@@ -257,6 +257,8 @@ def _check_target(target: TargetRecord, where: str, *, overlay: bool) -> None:
     lengths = {len(numbers) for certificate in target.certificates for numbers in (certificate.residual, certificate.gap)}
     if not 1 <= target.rank <= min(m, n) or len(target.certificates) != count or lengths != {target.rank}:
         raise FormatError(f"{where}: the entries of {target.key!r} contradict each other")
+    if odd := next((record for record in target.top_k if not record.makes_sense), None):
+        raise FormatError(f"{where}: the top_k of {target.key!r} makes no sense", got=odd)
 
 
 def _check_shards(manifest: Manifest, where: str) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 
 from surgery.files.file_records import FileRecord
+from surgery.files.json_files import NOT_IN_EARLIER
 from surgery.format.tensor_view import TensorView
+from surgery.format.top_k_records import NOT_ON_RECORD, TopKRecord, TopKSummary
 from surgery.format.views import Slice, View
 
 
@@ -34,7 +37,7 @@ class ShardRecord:
 class CertificateRecord:
     """The certificate of a truncated SVD (``surgery.linalg.svd.Certificate``).
 
-    The lists have one entry for each direction, with three significant digits.
+    The lists have one entry for each direction, with three significant digits. Earlier versions wrote no ``top_k``.
     """
 
     method: str
@@ -42,6 +45,7 @@ class CertificateRecord:
     converged: bool
     residual: list[float]
     gap: list[float]
+    top_k: TopKRecord | None = field(default=None, metadata=NOT_IN_EARLIER)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +112,21 @@ class TargetRecord(TensorView):
     @property
     def converged(self) -> bool:
         return all(certificate.converged for certificate in self.certificates)
+
+    @property
+    def top_k(self) -> list[TopKRecord]:
+        """Of each matrix, whether its kept values are known to be the largest."""
+        return [certificate.top_k or NOT_ON_RECORD for certificate in self.certificates]
+
+    @property
+    def worst_top_k(self) -> TopKRecord:
+        """What is known of the matrix of which least is known."""
+        return max(self.top_k, key=lambda record: record.rank)
+
+
+def summary_of(targets: Iterable[TargetRecord]) -> TopKSummary:
+    """Of how many matrices of these targets it is known that no larger singular value was missed."""
+    return TopKSummary.of((target.key, record) for target in targets for record in target.top_k)
 
 
 # Called several times for each of thousands of targets, nearly all of which have the same view.

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
 from surgery.arguments import as_path, check_fields
 from surgery.errors import OptionError
+from surgery.files.json_files import NOT_IN_EARLIER
 from surgery.solvers.limits import DEFAULT_TOLERANCE, check_accuracy, check_energy
 
 
@@ -32,6 +33,7 @@ class Options:
         exclude: globs over tensor names that are never taken.
         seed: of the truncated SVD's random start, see ``surgery.truncated_svd``.
         tolerance: residual over the largest singular value at which the truncated SVD stops.
+        prove: whether it is proven of each matrix that no larger singular value was missed. The manifest has it where it is so.
 
     Raises:
         OptionError: a field is of another type.
@@ -47,6 +49,7 @@ class Options:
     exclude: tuple[str, ...] = ()
     seed: int = 0
     tolerance: float = DEFAULT_TOLERANCE
+    prove: bool = field(default=False, metadata=NOT_IN_EARLIER)
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -94,6 +97,7 @@ class OptionKeywords(SpectraKeywords, total=False):
     energy: float | None
     max_rank: int | None
     correction: bool
+    prove: bool
 
 
 def chosen_options(
@@ -117,7 +121,7 @@ def chosen_options(
     default = Options()
     by_keyword = replace(default, **given)
     options = default if options is None else options
-    for name in (field.name for field in fields(Options)):
+    for name in (one.name for one in fields(Options)):
         said = getattr(options, name)
         if said == getattr(default, name):
             continue

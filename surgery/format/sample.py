@@ -62,10 +62,10 @@ class SampleHash:
         for matrix in matrices:
             flat = matrix.view(-1)
             for part in stretches(len(flat)):
-                entries = flat[part]
+                entries = flat[part].cpu()  # as they are: a GPU may be too full for anything else
                 cast = entries.to(self._dtype)
                 self.exact &= cast.dtype == entries.dtype or torch.equal(cast.to(entries.dtype), entries)
-                self._digest.update(bytes_of(cast.cpu().contiguous()))
+                self._digest.update(bytes_of(cast.contiguous()))
 
     def hexdigest(self) -> str:
         return self._digest.hexdigest()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from surgery.memory import scratch
-from surgery.solvers.deferred import krylov_basis
+from surgery.solvers.lanczos import krylov_basis
 from surgery.solvers.operator import Operator, widened
 from surgery.solvers.product import leading_dimension
 from surgery.solvers.random import generator_of

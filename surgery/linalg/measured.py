@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 import torch
 
-from surgery.linalg.top_k import UNKNOWN, TopK
+from surgery.linalg.proof import proof_bytes, prove_top_k
+from surgery.linalg.top_k import (
+    CHANCE,
+    NOTHING_ELSE,
+    UNKNOWN,
+    TopK,
+    known,
+    least_projection,
+    norm_with_rest,
+    steps_for,
+    stretch,
+)
 from surgery.lossless.factors import Factors
 from surgery.lossless.rounding import times_power_of_two
 from surgery.memory import scratch
 from surgery.precision import full_precision
-from surgery.solvers.lanczos import MAX_PASSES, basis_limit, block_lanczos
+from surgery.solvers.krylov import KrylovBasis
+from surgery.solvers.lanczos import MAX_PASSES
 from surgery.solvers.operator import Operator, wide_device, widened, widened_bytes
 from surgery.solvers.product import leading_dimension
 from surgery.solvers.triplets import allowed_residuals, engine, residuals_of
@@ -21,21 +34,22 @@ from surgery.solvers.triplets import allowed_residuals, engine, residuals_of
 _NORM_ROWS = 64
 #: Up to this shorter side, the singular values of a matrix are computed by a full SVD.
 _DENSE = 64
-#: Of the iteration for the value after the kept ones: rows of a block, and the residual, of which its error is of second order.
+#: Of the probe for values after the kept ones: rows of a block, and how far above what was found others may be, but for CHANCE.
 _BLOCK = 16
-_TOLERANCE = 3e-2
-#: Another seed than factorize's default: a direction that its start block has missed by chance must not be missed again.
-_SEED = 1
+_STRETCH = 1.08
 #: What float32 products may add to that value, relatively.
 _ROUNDING = 2e-6
+#: What U and V may lack of being orthonormal, as float32 rounds them.
+_ORTHONORMAL = 1e-6
 #: What rounding s to float32 may take from a difference of two values, over s_1.
 _ROUNDED = 4e-7
 #: Half a unit in the third digit, relatively, and a little more.
 _THIRD_DIGIT = 5.1e-3
 #: A residual over s_1 of what is no singular triplet at all.
 _FAR = 0.5
-#: Most passes of one solve: five runs of the iteration with the steps between them, and the Gram matrix after these.
-_MOST_PASSES = 5 * (MAX_PASSES + 8) + 16
+#: Most passes of a result: five runs of the iteration with the steps between them, and the Gram matrix after these; for a
+#: proof all of that up to three times.
+_MOST_PASSES = 3 * (5 * (MAX_PASSES + 8) + 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +77,7 @@ def measure(A: torch.Tensor, factors: Factors, *, prove: bool = False) -> Measur
     Args:
         A: (m, n), any floating dtype, finite.
         factors: float32, on the device of A; U and V orthonormal.
-        prove: whether to prove that nothing larger is missing.
+        prove: whether to prove that no larger singular value is missing; where that fails ``top_k`` is ``unknown``.
     """
     with torch.no_grad(), full_precision(A.device):
         residual = residuals_of(A, factors.U, factors.s, factors.V)
@@ -71,15 +85,28 @@ def measure(A: torch.Tensor, factors: Factors, *, prove: bool = False) -> Measur
         top = factors.s[0].item()
         # If the triplets are far from singular ones, there is nothing to learn from the rest, and numbers may overflow.
         sound = top > 0 and math.isfinite(energy) and bool((residual <= _FAR).all())
-        beyond = _beyond(A, factors, math.sqrt(energy)) / top if sound else 0.0
-        return Measured(residual, energy, beyond, 0.0, UNKNOWN)
+        if not sound:
+            return Measured(residual, energy, 0.0, 0.0, UNKNOWN if energy else NOTHING_ELSE)
+        s = factors.s.cpu().double()
+        proven = prove_top_k(A, factors.U, s, factors.V, residual) if prove else None
+        if len(s) == min(A.shape):
+            return Measured(residual, energy, 0.0, 0.0, proven or NOTHING_ELSE)
+        probe = _probed(A, factors, math.sqrt(energy))
+        rest = torch.linalg.vector_norm(residual).item() * top
+        # What the residuals may have moved, and U and V by not being quite orthonormal.
+        sure = s[-1].item() + 2 * rest + _ORTHONORMAL * top
+        missed = _surely_missed(A, factors, probe.row) - sure if probe.least > sure else 0.0
+        top_k = UNKNOWN if missed > 0 else known(s, norm_with_rest(probe.most, rest), CHANCE)
+        return Measured(residual, energy, probe.least / top, max(0.0, missed) / top, proven or top_k)
 
 
-def measuring_bytes(m: int, n: int, k: int) -> int:
+def measuring_bytes(m: int, n: int, k: int, *, prove: bool = False) -> int:
     """Upper estimate of the memory that ``measure`` takes besides the matrix and the factors."""
     copy = 4 * m * leading_dimension(m, n, torch.device("cpu"))
-    basis = 4 * (basis_limit(1, _BLOCK) + 2 * _BLOCK) * (m + n)
-    return 2 * copy + max(basis, 8 * 4 * m * n if min(m, n) <= _DENSE else 0) + 48 * k * (m + n) + widened_bytes(m, n)
+    share = least_projection(_BLOCK, max(min(m, n), _DENSE), 1, CHANCE)
+    basis = 4 * (steps_for(_STRETCH, share) + 2) * _BLOCK * (m + n)
+    probe = 2 * copy + max(basis, 8 * 4 * m * n if min(m, n) <= _DENSE else 0)
+    return max(probe, proof_bytes(m, n) if prove else 0) + 48 * k * (m + n) + widened_bytes(m, n)
 
 
 def gap_limits(
@@ -168,24 +195,57 @@ def _without(x: torch.Tensor, basis: torch.Tensor) -> torch.Tensor:
     return torch.baddbmm(x, x @ basis.mT, basis, alpha=-1)
 
 
-def _beyond(A: torch.Tensor, factors: Factors, norm: float) -> float:
-    """A lower bound on the spectral norm of ``(I - U U^T) A (I - V V^T)``; ``norm`` is the Frobenius norm of A."""
-    (m, n), k = A.shape, len(factors.s)
-    if k >= min(m, n):
-        return 0.0
+@dataclass(frozen=True, slots=True)
+class _Probe:
+    """What a random block of rows has found of ``D = (I - U U^T) A (I - V V^T)``.
+
+    Attributes:
+        least: a lower bound on its spectral norm, up to the rounding of float32.
+        most: what it is not above, but for ``CHANCE``.
+        row: float64 (1, 1, short), a vector on the shorter side, nearly of unit length, that D makes as long as that.
+    """
+
+    least: float
+    most: float
+    row: torch.Tensor
+
+
+def _probed(A: torch.Tensor, factors: Factors, norm: float) -> _Probe:
+    """Probe A (m, n) without the triplets; ``norm`` is the Frobenius norm of A."""
+    m, n = A.shape
     if min(m, n) <= _DENSE:
         wide, U, V = widened(A), widened(factors.U), widened(factors.V)
         wide = wide - U @ (U.T @ wide)
-        return float(torch.linalg.svdvals(wide - (wide @ V) @ V.T)[0])
+        left, values, right = torch.linalg.svd(wide - (wide @ V) @ V.T, full_matrices=False)
+        return _Probe(values[0].item(), values[0].item(), (left.T[:1] if m < n else right[:1])[None])
     # A power of two changes no bit: squares must neither overflow nor vanish.
-    exponent = math.frexp(norm)[1]
+    exponent = math.frexp(norm)[1] if not -12 < math.frexp(norm)[1] < 24 else 0
     work = scratch("matrix", (1, m, leading_dimension(m, n, A.device)), torch.float32, A.device)
     work[0, :, :n] = A
     work[0, :, n:] = 0
-    if not -12 < exponent < 24:
-        work = times_power_of_two(work, -exponent)
-    left, right = factors.U.T[None].contiguous(), factors.V.T[None].contiguous()
-    operator = _Apart(work, n, left, right)
-    found, _ = block_lanczos(operator, 1, tolerance=_TOLERANCE, block=min(_BLOCK, operator.short - 1), seed=_SEED)
-    value = float(widened(found.images).norm() / widened(found.rows).norm()) * (1 - _ROUNDING)
-    return value if -12 < exponent < 24 else math.ldexp(value, exponent)
+    work = times_power_of_two(work, -exponent) if exponent else work
+    operator = _Apart(work, n, factors.U.T[None].contiguous(), factors.V.T[None].contiguous())
+    block = min(_BLOCK, operator.short - 1)
+    share = least_projection(block, operator.short, 1, CHANCE)
+    # Numbers that nobody can have known who made the matrix.
+    seed, steps = int.from_bytes(os.urandom(4)), steps_for(_STRETCH, share)
+    basis = KrylovBasis(operator, limit=steps * block, block=block, seed=seed)
+    basis.begin(None)
+    while not basis.exhausted and steps:
+        basis.step()
+        steps -= 1
+    values, vectors, _ = basis.ritz()
+    row, image = (widened(part) for part in basis.combine(vectors[:, :, :1]))
+    value = math.ldexp((image.norm() / row.norm()).item(), exponent)
+    most = 1.0 if basis.exhausted else stretch(basis.search, share, 1.0)
+    return _Probe(value * (1 - _ROUNDING), value * (1 + _ROUNDING) * most, row)
+
+
+def _surely_missed(A: torch.Tensor, factors: Factors, row: torch.Tensor) -> float:
+    """A lower bound on the spectral norm of A without the triplets, by one vector: ``_Probe.row``."""
+    operator = Operator(A[None])
+    left, right = widened(factors.U).T[None].contiguous(), widened(factors.V).T[None].contiguous()
+    short, long = (left, right) if operator.wide else (right, left)
+    row = _without(row.to(short), short)
+    row = _without(row / row.norm(), short)  # twice is enough
+    return float(_without(operator.to_long_wide(row), long).norm() / row.norm()) * (1 - _ROUNDING)

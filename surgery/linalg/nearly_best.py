@@ -12,8 +12,7 @@ from typing import Literal
 
 import torch
 
-from surgery.solvers.deferred import krylov_basis
-from surgery.solvers.lanczos import basis_limit, block_size, iterate, worst_residuals
+from surgery.solvers.lanczos import basis_limit, block_size, iterate, krylov_basis, worst_residuals
 from surgery.solvers.operator import Operator
 from surgery.solvers.triplets import Solution, Triplets, clustered, engine, from_pairs, solve
 

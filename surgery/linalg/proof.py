@@ -28,7 +28,7 @@ from collections.abc import Iterator
 
 import torch
 
-from surgery.linalg.top_k import UNKNOWN, TopK, known
+from surgery.linalg.top_k import NOTHING_ELSE, UNKNOWN, TopK, known, norm_with_rest
 from surgery.solvers.operator import wide_device, widened
 
 #: How far the first limit is above s_k, relatively.
@@ -59,10 +59,10 @@ def prove_top_k(A: torch.Tensor, U: torch.Tensor, s: torch.Tensor, V: torch.Tens
         ``proven``, or ``unknown`` where neither limit holds or the margin says nothing.
     """
     if len(s) == min(A.shape):
-        return known(s, 0.0, 0.0)
-    mixed = 2 * torch.linalg.vector_norm(residual).item() * s[0].item()
+        return NOTHING_ELSE
+    rest = torch.linalg.vector_norm(residual).item() * s[0].item()
     above = s[-1].item() * (1 + _ABOVE)
-    limit = first_limit(A, U, s, V, [(above + math.hypot(above, 2 * mixed)) / 2, above + mixed])
+    limit = first_limit(A, U, s, V, [norm_with_rest(above, rest), above + 2 * rest])
     return UNKNOWN if limit is None else known(s, limit, 0.0)
 
 

@@ -12,21 +12,16 @@ import torch
 
 from surgery.device import as_memory_allows, on_its_own_terms
 from surgery.errors import OptionError, WeightError
+from surgery.linalg.preparation import Prepared, prepared
 from surgery.linalg.proof import prove_top_k
-from surgery.linalg.top_k import TopK, top_k_of
+from surgery.linalg.top_k import NOTHING_ELSE, TopK, top_k_of
 from surgery.lossless.rounding import check_dense, times_power_of_two
-from surgery.memory import scratch
 from surgery.precision import full_precision
 from surgery.solvers.limits import DEFAULT_TOLERANCE, check_accuracy
-from surgery.solvers.operator import Operator, widened
-from surgery.solvers.product import leading_dimension
+from surgery.solvers.operator import Operator
 from surgery.solvers.triplets import Solution, engine, solve
-from surgery.torch_threads import one_thread
 
 _Solved = TypeVar("_Solved")
-
-#: Columns over which a float32 sum of squares stays accurate.
-_NORM_COLUMNS = 1024
 
 #: Rounding error of float64 products with the matrix and of the small problems made of them, over its Frobenius norm.
 _MEASURED = 2.0**-50
@@ -54,7 +49,8 @@ class Certificate:
         converged: bool (...,), every residual is within the tolerance.
         passes: int64 (...,), products with A or its transpose.
         method: ``block-lanczos``, ``gram``, ``svd`` or ``zero``; a tuple of these for a batch.
-        top_k: what is known of singular values that were not found; a tuple for a batch.
+        top_k: what is known of singular values that were not found (``TopK``); a tuple for a batch. Residuals say nothing of
+            these.
     """
 
     residual: torch.Tensor
@@ -107,11 +103,15 @@ def truncated_svd(
             rounding allows (2e-6 s_1 in float32, also its least value). The error of a singular value is of second
             order in it, within a cluster of values no wider than that of first order.
         seed: of the random start block.
-        prove: whether to prove that nothing larger is missing.
+        prove: whether to prove that no larger singular value was missed, by a Cholesky factorization in float64 on the
+            shorter side n: n^3 / 3 operations, and n^2 max(m, n) for its matrix. Where that fails the matrix is solved again
+            from other rows, twice at most.
 
     Returns:
         ``TruncatedSVD``. Look at ``certificate.converged``: a matrix on which the iteration fails is reported there,
-        never hidden.
+        never hidden. ``certificate.top_k`` says whether these are the largest: with ``prove`` it is ``proven``, or
+        ``unknown`` where the proof fails. Without, it is ``likely`` where the random start block makes it so improbable
+        that something was missed: of a matrix that was made with its numbers in mind, that says nothing.
 
     If a GPU has too little memory for a whole batch, it is solved in parts; a matrix that does not fit alone is solved on the
     CPU, with a ``SurgeryWarning``.
@@ -121,7 +121,8 @@ def truncated_svd(
         WeightError: A holds NaN or infinity, or its singular values overflow.
 
     Source: see ``surgery.solvers.lanczos``; the certificate is that of Golub, Van Loan, "Matrix Computations",
-    section 8.6, and Wedin, "Perturbation bounds in connection with singular value decomposition" (BIT 12, 1972).
+    section 8.6, and Wedin, "Perturbation bounds in connection with singular value decomposition" (BIT 12, 1972). Proofs:
+    Rump, "Verification of positive definiteness" (BIT 46, 2006).
     """
     check_dense(A, "A")
     if A.ndim not in (2, 3):
@@ -212,39 +213,6 @@ def solved_together(short: int, k: int) -> int:
     return max(1, GRAM_ENTRIES // short**2) if engine(short, k) == "gram" else 1
 
 
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """Matrices as they are solved: in the working precision, divided by powers of two, and without those of zeros.
-
-    Attributes:
-        operator: of the Z matrices that are not zeros.
-        norms: float64 (Z,) on the CPU, their Frobenius norms after the division.
-        exponents: int32 (Z,), each has been divided by ``2^exponent``.
-        nonzero: (Z,), which of the batch they are.
-    """
-
-    operator: Operator
-    norms: torch.Tensor
-    exponents: torch.Tensor
-    nonzero: list[int]
-
-
-def prepared(A: torch.Tensor) -> Prepared:
-    """The matrices of a batch (B, m, n) as they are solved. Raises WeightError for NaN and infinity."""
-    work = in_working_precision(A)
-    norms = matrix_norms(work)
-    shifts = [_shift(matrix, norm) for matrix, norm in zip(work, norms.tolist(), strict=True)]
-    nonzero = [i for i, shift in enumerate(shifts) if shift is not None]
-    if len(nonzero) < len(work):
-        work, norms = work[nonzero], norms[nonzero]
-    exponents = torch.tensor([shifts[i] for i in nonzero], dtype=torch.int32)
-    if exponents.any():
-        # Squares of the entries must neither overflow nor vanish. A power of two changes no bit of the mantissa.
-        work = torch.stack([times_power_of_two(*pair) for pair in zip(work, (-exponents).tolist(), strict=True)])
-        norms = matrix_norms(work)
-    return Prepared(Operator(work, A.shape[2]), norms, exponents, nonzero)
-
-
 def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int, *, prove: bool) -> list[TruncatedSVD]:
     """The truncated SVD of each matrix of a batch (B, m, n)."""
     ready = prepared(A)
@@ -275,29 +243,6 @@ def _proven(ready: Prepared, j: int, found: TruncatedSVD, tolerance: float, seed
     return dataclasses.replace(found, certificate=dataclasses.replace(found.certificate, top_k=top_k))
 
 
-def in_working_precision(A: torch.Tensor) -> torch.Tensor:
-    """A contiguous copy in float64 if A is float64, else in float32, with zeros behind each row where that is faster."""
-    if A.dtype in (torch.float32, torch.float64):
-        return A.contiguous()
-    count, m, n = A.shape
-    padded = scratch("matrix", (count, m, leading_dimension(m, n, A.device)), torch.float32, A.device)
-    padded[:, :, :n] = A
-    padded[:, :, n:] = 0
-    return padded
-
-
-def _shift(matrix: torch.Tensor, norm: float) -> int | None:
-    """The exponent of the power of two to divide a matrix by; None for a matrix of zeros. Raises WeightError."""
-    if 2.0**-12 <= norm <= 2.0**24:
-        return 0
-    with one_thread():  # see exact_arithmetic
-        low, high = (value.item() for value in torch.aminmax(matrix))
-    largest = max(-low, high)
-    if not math.isfinite(largest):
-        raise WeightError("the matrix holds NaN or infinity", got=f"values from {low} to {high}")
-    return math.frexp(largest)[1] if largest else None
-
-
 def _zero(matrix: torch.Tensor, dtype: torch.dtype, k: int) -> TruncatedSVD:
     m, n = matrix.shape
     zeros = torch.zeros(k, dtype=torch.float64)
@@ -313,7 +258,7 @@ def _zero(matrix: torch.Tensor, dtype: torch.dtype, k: int) -> TruncatedSVD:
             converged=torch.tensor(True),
             passes=torch.tensor(0),
             method="zero",
-            top_k=TopK("proven", 0.0, 0.0),
+            top_k=NOTHING_ELSE,
         ),
     )
 
@@ -396,13 +341,6 @@ def _gaps(s: torch.Tensor, residual: torch.Tensor, next_bound: float, operator: 
     elif operator.short < operator.long or len(s) == 1:
         below[-1] = s[-1]  # the long side has vectors that the matrix takes to zero
     return torch.minimum(below, above).clamp(min=0.0)
-
-
-def matrix_norms(matrices: torch.Tensor) -> torch.Tensor:
-    """Frobenius norms, float64 (B,) on the CPU: parts of rows are summed in their own dtype, these sums in float64."""
-    starts = range(0, matrices.shape[2], _NORM_COLUMNS)
-    pieces = [torch.linalg.vector_norm(matrices[:, :, i : i + _NORM_COLUMNS], dim=2) for i in starts]
-    return widened(torch.stack(pieces)).square().sum(dim=(0, 2)).sqrt().cpu()
 
 
 def pair_signs(U: torch.Tensor, V: torch.Tensor) -> torch.Tensor:

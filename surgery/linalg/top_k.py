@@ -3,10 +3,9 @@
 A residual proves that a value found is near some singular value of the matrix, and nothing about larger ones that were
 missed. But an iteration from random rows can only miss what these rows hardly contain, and how improbable that is can be
 said. With B the matrix or its transpose and ``C = B^T B`` on its shorter side, of n dimensions, let S be the space in which
-the triplets were found, and assume that the directions found are exact, up to turning those of equal values among
-themselves. Let v be an eigenvector of C that was not found, with a value ``lambda = h^2 mu`` above ``mu = s_k^2``. For
-every row z in the span of the start rows and every polynomial p for which S holds ``p(C) z``, what is left of that without
-the directions found is in S, and its Rayleigh quotient is at most mu:
+the triplets were found, and v an eigenvector of C that was not, with a value ``lambda = h^2 mu`` above ``mu = s_k^2``. If the
+directions found are exact, then for every row z in the span of the start rows and every polynomial p for which S holds ``p(C)
+z``, what is left of that without the directions found is in S as well, and its Rayleigh quotient is at most mu:
 
     sum over the eigenvectors v_i that were not found of  p(lambda_i)^2 (lambda_i - mu) (v_i . z)^2  <=  0.
 
@@ -15,23 +14,28 @@ Those above mu add nothing negative. So with M the largest ``p(x)^2 (mu - x)`` f
     R (v . z)^2  <=  |z|^2 - (v . z)^2    where    R = p(lambda)^2 (lambda - mu) / M,
 
 and the projection of v on the span of the start rows, squared, is at most ``1 / (1 + R)``. That of a fixed v on b Gaussian
-rows has the distribution Beta(b / 2, (n - b) / 2), whatever became of the rows afterwards: it is hardly ever so small. For
-a Krylov space of q steps p is the Chebyshev polynomial of the second kind ``U_{2q-2}(sqrt(x / mu))``: below mu ``p(x)^2 (mu
-- x) / mu`` is the ``sin^2`` of 2q - 1 times an angle, at most 1, and above it is ``sinh^2((2q - 1) t)`` with ``h = cosh
-t``, which makes ``1 / (1 + R) = 1 / cosh^2((2q - 1) t)``. This is the argument of Kuczynski, Wozniakowski, "Estimating the
-largest eigenvalue by the power and Lanczos algorithms with a random start" (SIAM J. Matrix Anal. 13, 1992), Theorem 3.2,
-where b = 1 and k = 1, for blocks and beside directions that were found.
+rows has the distribution Beta(b / 2, (n - b) / 2), whatever became of the rows afterwards: it is hardly ever so small. For a
+Krylov space of q steps p is the Chebyshev polynomial of the second kind ``U_{2q-2}(sqrt(x / mu))``: ``p(x)^2 (mu - x) / mu``
+is the ``sin^2`` of 2q - 1 times an angle below mu, at most 1, and above it is ``sinh^2((2q - 1) t)`` with ``h = cosh t``,
+which makes ``1 / (1 + R) = 1 / cosh^2((2q - 1) t)``. This is the argument of Kuczynski, Wozniakowski, "Estimating the largest
+eigenvalue by the power and Lanczos algorithms with a random start" (SIAM J. Matrix Anal. 13, 1992), Theorem 3.2, for blocks.
+
+Directions found are not quite exact, and p may magnify what is left of them. Without that assumption they take something
+away. Of a block under filters it is k rows: combinations of the start rows that have nothing of k fixed directions are as
+good as b - k Gaussian rows. Of a Krylov space it is taken to be as many steps as k directions fill blocks, since a polynomial
+may vanish at their values. For k = 1 and no direction found before, nothing of this is needed. Beyond, that k directions take
+so much, and no more, is no theorem: it is what trials with planted values show (``tests/linalg/test_top_k.py``).
 
 The direction that was missed first is one of k, as so many may be above it: their chances add up. Where it is one of c + 1
-equal values of which c were found, it may be any in the space of these; then the least projection counts of a vector of
-that space, which is at least ``1 / sqrt(c + 1)`` times the least distance of the projection of one of c + 1 axes from the
-span of those of the others. Such a distance, squared, has the distribution Beta((b - c) / 2, (n - b) / 2).
+equal values of which c were found, it may be any in the space of these; then the least projection counts of a vector of that
+space, which is at least ``1 / sqrt(c + 1)`` times the least distance of the projection of one of c + 1 axes from the span of
+those of the others. Such a distance, squared, has the distribution Beta((b - c) / 2, (n - b) / 2).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -70,6 +74,8 @@ class TopK:
 
 
 UNKNOWN = TopK("unknown", math.inf, 1.0)
+#: Where there are no other values, or all of them are zero.
+NOTHING_ELSE = TopK("proven", 0.0, 0.0)
 
 
 def known(s: torch.Tensor, limit: float, chance: float) -> TopK:
@@ -85,6 +91,18 @@ def known(s: torch.Tensor, limit: float, chance: float) -> TopK:
     return TopK("likely" if chance else "proven", margin, chance)
 
 
+def norm_with_rest(norm: float, rest: float) -> float:
+    """A bound on the norm of A without triplets ``U diag(s) V^T``, and so on all values but theirs.
+
+    Beside ``D = (I - U U^T) A (I - V V^T)`` it holds what the triplets have left within their directions and across.
+
+    Args:
+        norm: of D.
+        rest: root of the sum of the squared residuals.
+    """
+    return (norm + rest) / 2 + math.hypot((norm - rest) / 2, rest)  # the norm of [[rest, rest], [rest, norm]]
+
+
 def top_k_of(search: Search | Decomposed, s: torch.Tensor, short: int, rounding: float) -> TopK:
     """What a search has left unseen, from how it went.
 
@@ -94,15 +112,23 @@ def top_k_of(search: Search | Decomposed, s: torch.Tensor, short: int, rounding:
         rounding: of the precision that it worked in. What lies below its root, over s_1, may be lost in products with C.
     """
     if len(s) == short:
-        return TopK("proven", 0.0, 0.0)
+        return NOTHING_ELSE
     if isinstance(search, Decomposed):
         return known(s, search.next_bound, 0.0)
     if s[0] <= 0:  # too small for their dtype
         return UNKNOWN
     least = max(s[-1].item(), math.sqrt(rounding) * s[0].item())
-    axes = _most_equal(s.tolist(), least) + 1
-    share = least_projection(search.rows, short, axes, CHANCE / (_SEARCHES * len(s)))
-    return known(s, least * stretch(search, share, least * least), CHANCE)
+    equal = _most_equal(s.tolist(), least)
+    left = _left(search, len(s), equal)
+    share = least_projection(left.rows, short, equal + 1, CHANCE / (_SEARCHES * len(s)))
+    return known(s, least * stretch(left, share, least * least), CHANCE)
+
+
+def _left(search: Search, k: int, equal: int) -> Search:
+    """What the k directions that were found have left of a search for others; ``equal`` of them are counted by other means."""
+    if search.filters:
+        return replace(search, rows=search.rows - k + equal)
+    return replace(search, steps=max(0, search.steps - math.ceil(k / search.rows)))
 
 
 def least_projection(rows: int, dimension: int, axes: int, chance: float) -> float:
@@ -145,6 +171,11 @@ def stretch(search: Search, share: float, mu: float) -> float:
         reached = 2 * _log_filter(search, mu * middle**2) + math.log(mu * (middle**2 - 1)) >= needed
         low, high = (low, middle) if reached else (middle, high)
     return high if high < 1 + 2 * _SHARE else math.inf
+
+
+def steps_for(limit: float, share: float) -> int:
+    """How many block steps make ``stretch`` no more than a ``limit`` above 1."""
+    return math.ceil((math.acosh(share**-0.5) / math.acosh(limit) + 1) / 2)
 
 
 def _log_filter(search: Search, x: float) -> float:

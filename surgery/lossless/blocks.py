@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
@@ -14,6 +16,9 @@ from surgery.torch_threads import one_thread, one_thread_each
 BLOCK_ENTRIES = 1 << 19
 #: Blocks that a GPU works on at a time: fewer, larger steps are better there.
 DEVICE_BLOCKS = 64
+#: Encodes and decodes for GPUs, whose few threads would leave most cores of the host idle. It must do nothing that waits for
+#: another task of its own. Its threads begin with the first task.
+HOST_THREADS = ThreadPoolExecutor(os.cpu_count() or 1, thread_name_prefix="surgery-host")
 _T = TypeVar("_T")
 
 

@@ -8,8 +8,6 @@ from collections.abc import Callable
 import torch
 
 from surgery.lossless.factors import Factors
-from surgery.lossless.integers import to_integers
-from surgery.lossless.rounding import times_power_of_two
 from surgery.memory import scratch
 
 
@@ -23,19 +21,28 @@ class Prediction:
 
     With k columns the integers have ``b = (53 - log2 k) / 2`` bits (24 at k = 16), so the product is off by at
     most about ``k 2^-b max|U s| max|V|``: as good as float32 factors can be.
+
+    Args:
+        factors: of one matrix (m, n), or of a batch of them. Nothing waits for the device that they are on.
+        dtype: of the weight.
     """
 
     def __init__(self, factors: Factors, dtype: torch.dtype) -> None:
-        k = factors.s.numel()
+        k = factors.s.shape[-1]
         bits = (53 - math.ceil(math.log2(max(k, 1)))) // 2
-        self._left, left_exponent = to_integers(factors.U * factors.s, bits)
-        right, right_exponent = to_integers(factors.V, bits)
-        self._left = times_power_of_two(self._left, left_exponent + right_exponent - 2 * bits)
-        self._right = right.T.contiguous()
+        left, right = factors.U * factors.s[..., None, :], factors.V
+        powers = _to_integers(left, right, bits)
+        # Each is a power of two that float64 has, and none of these numbers comes near the ends of its range: all is exact.
+        self._left = (left * powers[0]).round_().div_(powers[0]).div_(powers[1])
+        self._right = (right * powers[1]).round_().mT.contiguous()
         self._dtype = working_dtype(dtype)
 
+    def of(self, matrices: slice, rows: slice) -> torch.Tensor:
+        """The same rows of some matrices of a batch: (matrices, rows, n), in the working dtype."""
+        return torch.bmm(self._left[matrices, rows], self._right[matrices]).to(self._dtype)
+
     def worker(self, most: int) -> Callable[[slice], torch.Tensor]:
-        """A function that predicts rows: (r, n), r <= ``most``, in the working dtype, valid until it is called again."""
+        """A function that predicts rows of a matrix: (r, n), r <= ``most``, in the working dtype, valid until the next call."""
         shape, device = (most, self._right.shape[1]), self._left.device
         product = scratch("exact product", shape, torch.float64, device)
         rounded = scratch("rounded product", shape, self._dtype, device)
@@ -46,3 +53,21 @@ class Prediction:
             return exact if self._dtype == torch.float64 else rounded[:count].copy_(exact)
 
         return predict
+
+
+def _to_integers(left: torch.Tensor, right: torch.Tensor, bits: int) -> torch.Tensor:
+    """The powers of two that bring the numbers of float32 matrices below ``2^bits``, of each as large as it can be.
+
+    They stay on the device: a program that asked for them would wait for it.
+
+    Args:
+        left, right: (..., m, k) and (..., n, k).
+
+    Returns:
+        float64 (2, ..., 1, 1).
+    """
+    if not left.numel():
+        return left.new_ones((2, *left.shape[:-2], 1, 1), dtype=torch.float64)
+    largest = torch.stack([torch.linalg.vector_norm(x, math.inf, dim=(-2, -1), keepdim=True) for x in (left, right)])
+    exponents = bits - torch.frexp(largest).exponent
+    return ((exponents + 1023).long() << 52).view(torch.float64)

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from surgery.engine.resources import Memory, Resources
+from surgery.engine.sharing import CORRECTION_BYTES, share_out
 from surgery.errors import OptionError, SourceError, SurgeryError, few
 from surgery.format.header import Header, TensorEntry
 from surgery.format.manifest_records import Alias, LeftOutRecord, SkippedRecord
 from surgery.format.options import Options
 from surgery.names import SCALES_METADATA_KEY, Train, is_of_lora
 from surgery.planning.aliases import find_aliases
-from surgery.planning.memory import CORRECTION_BYTES, collected_bytes, need_to_factorize, share_out
+from surgery.planning.memory import collected_bytes, need_to_factorize
 from surgery.planning.notes import notes_of_plan, notes_of_quantization, share_reached
 from surgery.planning.numbering import numbering_notes
 from surgery.planning.recipes import Recipe, find_recipe, recipe_for_family
@@ -113,6 +114,7 @@ class Plan(Report):
             files_along=self.files_along,
             bytes_along=self.bytes_along,
             left_out=tuple(LeftOutRecord(file, reason) for file, reason in self.left_out.items()),
+            prove=self.options.prove,
             train=self.train,
             trainable=self.trainable,
             reached=self.reached,
@@ -239,9 +241,11 @@ def make_plan(
         download_bytes=source.bytes_to_fetch(),
         temporary_bytes=sum(source.room_to_fetch().values()),
         memory=share_out(
-            [need_to_factorize(target) for target in every],
+            [need_to_factorize(target, prove=options.prove) for target in every],
             resources or Resources(),
             kept=collected_bytes(every, len(entries)),
+            windows="resident",
+            longest=max(shard.size for shard in shards),
         ),
         train=train,
     )

@@ -65,6 +65,7 @@ class PlanSummary(Report):
         notes: what the user should know before the run.
         files_along, bytes_along: what goes along as it is: config, tokenizer, code; how many files, and bytes.
         left_out: files and folders of the source that stay behind.
+        prove: whether it would be proven of each matrix that no larger singular value was missed.
         train: what the trainable file would hold: ``scales``, or ``core`` for cores.
         trainable: how many numbers that makes; the most, where an energy decides.
         reached: share of the weights that would be targets, by number of entries, that are; less than 1 where some are passed
@@ -86,6 +87,7 @@ class PlanSummary(Report):
     files_along: int
     bytes_along: int
     left_out: tuple[LeftOutRecord, ...]
+    prove: bool
     train: Train
     trainable: int
     reached: float

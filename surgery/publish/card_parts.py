@@ -9,7 +9,7 @@ import yaml  # type: ignore[import-untyped]  # the hub client's own
 
 from surgery.escapes import escaped
 from surgery.format.manifest import Manifest
-from surgery.format.manifest_records import SourceRecord
+from surgery.format.manifest_records import SourceRecord, summary_of
 from surgery.hub import hub_client as client
 from surgery.names import CONFIG_FILE, Train
 from surgery.publish.upload import TAG
@@ -170,6 +170,8 @@ def facts_of(manifest: Manifest, train: Train | None) -> list[str]:
     accuracy = f"residuals of the singular triplets are at most {worst:.1e} of the largest singular value"
     if missed:
         accuracy += f"; the SVD of {missed:,} matrices did not reach the tolerance"
+    if proven := summary_of(targets).proven:
+        accuracy += f"; that no larger singular value was missed is proven of {proven:,} matrices"
     trainable = []
     if train is not None:
         count = sum(target.numbers_of(train) for target in targets)

@@ -14,6 +14,7 @@ import torch
 
 from surgery.errors import FormatError, WeightError
 from surgery.format.views import Slice
+from surgery.lossless.blocks import BLOCK_ENTRIES, DEVICE_BLOCKS
 from surgery.lossless.grids import Grid
 from surgery.quantized.elements import Elements
 from surgery.quantized.scaling import BlockScaling
@@ -31,7 +32,7 @@ PART_NAMES: Mapping[Role, str] = {
     "shape": "shape",
 }
 
-#: Rows whose extremes are looked for at a time, and entries that are scaled and rounded at a time: what stays in cache.
+#: Rows whose extremes are looked for at a time, and entries that a CPU scales and rounds at a time: what stays in cache.
 _BAND = 64
 _AT_A_TIME = 1 << 18
 
@@ -85,12 +86,12 @@ class Codec:
         """The weights that stored numbers stand for.
 
         Args:
-            stored: the numbers as in the file, of a whole tensor or of some matrices of a stack.
-            parts: what belongs to them.
+            stored: the numbers as in the file, of a whole tensor or of some matrices of a stack; on the CPU or on a GPU.
+            parts: what belongs to them, on the CPU. A GPU gets scales and zero points as they are stored.
             shape: (..., m, n) of the weights.
 
         Returns:
-            float32 (..., m, n), each product rounded once.
+            float32 (..., m, n), each product rounded once, on the device of ``stored``: the same bits on all devices.
 
         Raises:
             FormatError: the groups of columns are none.
@@ -100,7 +101,7 @@ class Codec:
         if self.columnwise:
             stored = stored.reshape(*stack, -1, n).mT.contiguous()
         stored = stored.reshape(*stack, rows, -1)
-        scaling = self._scaling(parts, shape, turned=self._is_turned)
+        scaling = self._scaling(_sent(parts, stored.device), shape, turned=self._is_turned).to(stored.device)
         weight = torch.empty(*stack, rows, columns, dtype=torch.float32, device=stored.device)
         for band in _bands(weight):
             values = weight[..., band, :].copy_(self.elements.values(stored[..., band, :], columns))
@@ -254,6 +255,7 @@ class Codec:
         scales, whole = self._scales_as_stored(parts, grid), self._global_scale(parts, grid)
         if whole is None:
             return scales
+        whole = whole.to(scales.device)
         return scales / whole if self.divides else scales * whole
 
     def _global_scale(self, parts: Parts, grid: torch.Size | tuple[int, ...]) -> torch.Tensor | None:
@@ -325,7 +327,7 @@ class Codec:
         rows, columns = self.block
         if turned:
             scales, zeros, m, rows, columns = scales.mT, None if zeros is None else zeros.mT, n, columns, rows
-        row, column = torch.arange(m) // rows, columns if turned else self._columns(parts, n)
+        row, column = torch.arange(m, device=scales.device) // rows, columns if turned else self._columns(parts, n)
         if part is not None:
             meant = part.holds(torch.arange(shape[part.axis]))
             if part.axis == 0:
@@ -356,8 +358,14 @@ class CodecGrid:
         return self._scaling.multiply_(self._elements.round_(self._scaling.divide_(x, rows)), rows)
 
 
+def _sent(parts: Parts, device: torch.device) -> Parts:
+    """Parts of which those that there is a number of for each block are on a device; the others are checked on the CPU."""
+    return {role: part.to(device) if role in ("scale", "zero_point") else part for role, part in parts.items()}
+
+
 def _bands(weight: torch.Tensor) -> list[slice]:
     """Rows of a weight, or of all matrices of a stack, that are scaled at a time."""
     m = weight.shape[-2]
-    at_a_time = max(1, _AT_A_TIME * m // max(1, weight.numel()))
+    entries = _AT_A_TIME if weight.device.type == "cpu" else DEVICE_BLOCKS * BLOCK_ENTRIES
+    at_a_time = max(1, entries * m // max(1, weight.numel()))
     return [slice(first, min(first + at_a_time, m)) for first in range(0, m, at_a_time)]

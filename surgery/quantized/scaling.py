@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 
 import torch
 
@@ -15,17 +16,20 @@ class BlockScaling:
     Args:
         scales: of the blocks, float32 (..., rows of blocks, columns of blocks).
         zeros: in the same shape; None: all are 0.
-        row: the row of blocks that each row of the matrix is in, int64 (m,) on the CPU.
+        row: the row of blocks that each row of the matrix is in, int64 (m,).
         column: the column of blocks that each column is in, int64 (n,); or how many columns each block has, one block after
             the other, of which the last may have fewer.
     """
 
     def __init__(self, scales: torch.Tensor, zeros: torch.Tensor | None, row: torch.Tensor, column: torch.Tensor | int) -> None:
         self._scales, self._zeros = scales, zeros
-        # Where a scale is 0 a block holds nothing but zeros: what is divided by it stays what it is.
-        is_zero = scales == 0
-        self._divisors = torch.where(is_zero, 1.0, scales) if bool(is_zero.any()) else scales
         self._row, self._column = row, column
+
+    @cached_property
+    def _divisors(self) -> torch.Tensor:
+        # Where a scale is 0 a block holds nothing but zeros: what is divided by it stays what it is.
+        is_zero = self._scales == 0
+        return torch.where(is_zero, 1.0, self._scales) if bool(is_zero.any()) else self._scales
 
     def divide_(self, x: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
         """``x / scale + zero`` in the place of some rows, float32 (..., r, n); ``x + zero`` where a scale is 0."""
@@ -40,15 +44,16 @@ class BlockScaling:
 
     def to(self, device: torch.device) -> BlockScaling:
         """The same on a device."""
-        if self._scales.device == device:
+        tensors = [x for x in (self._scales, self._zeros, self._row, self._column) if isinstance(x, torch.Tensor)]
+        if all(x.device == device for x in tensors):
             return self
-        column = self._column if isinstance(self._column, int) else self._column.to(device)
         zeros = None if self._zeros is None else self._zeros.to(device)
-        return BlockScaling(self._scales.to(device), zeros, self._row, column)
+        column = self._column if isinstance(self._column, int) else self._column.to(device)
+        return BlockScaling(self._scales.to(device), zeros, self._row.to(device), column)
 
     def _apply(self, operation: _InPlace, x: torch.Tensor, numbers: torch.Tensor, rows: slice | torch.Tensor) -> torch.Tensor:
         if numbers.shape[-2] > 1:
-            numbers = numbers.index_select(-2, self._row[rows].to(numbers.device))
+            numbers = numbers.index_select(-2, self._row[rows if isinstance(rows, slice) else rows.to(self._row.device)])
         if numbers.shape[-1] == 1:
             operation(x, numbers)
         elif isinstance(self._column, int):
@@ -59,5 +64,5 @@ class BlockScaling:
             if whole < x.shape[-1]:
                 operation(x[..., whole:], numbers[..., -1:])
         else:
-            operation(x, numbers.index_select(-1, self._column.to(x.device)))
+            operation(x, numbers.index_select(-1, self._column))
         return x

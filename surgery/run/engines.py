@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Literal, Protocol, TypeVar
 import torch
 
 from surgery.device import choose_devices, device_name
+from surgery.engine.device_memory import free_memory, limited, total_memory
 from surgery.engine.lane import Lane
-from surgery.engine.local import JOBS_PER_LANE, run_jobs
+from surgery.engine.local import JOBS_PER_READER, run_jobs
 from surgery.engine.resources import Memory, Resources
 from surgery.errors import OptionError
 from surgery.memory import available_memory
@@ -111,14 +112,16 @@ class LocalEngine:
 
     def run(self, jobs: LocalJobs[_Result], which: Sequence[int], memory: Memory) -> Generator[tuple[int, _Result], None, None]:
         """See ``Engine``."""
-        with _limited(self._devices, self._max_device_memory):
+        with limited(self._devices, self._max_device_memory):
             if (timing := self._timing) is not None:
                 count = len(self._devices)
-                writers = JOBS_PER_LANE * count
-                timing.threads = {"download": 1, "reader": count, "worker": count * memory.workers, "writer": writers}
+                readers = count * memory.readers
+                workers, writers = count * memory.workers, JOBS_PER_READER * readers
+                timing.threads = {"download": 1, "reader": readers, "worker": workers, "writer": writers}
                 if self._devices[0].type == "cuda":
+                    timing.threads["host"] = os.cpu_count() or 1
                     timing.wait_for_device = lambda: torch.cuda.current_stream().synchronize()
-            lanes = [Lane(device, memory.workers, memory.buffer_bytes, timing) for device in self._devices]
+            lanes = [Lane(device, memory, timing) for device in self._devices]
             try:
                 with closing(run_jobs(jobs.do_shard, jobs.acquired(which), lanes)) as finished:
                     yield from finished
@@ -132,11 +135,14 @@ class RayEngine:
     def __init__(self, cluster: Cluster, max_memory: int | None, max_device_memory: int | None, timing: Timing | None) -> None:
         self._cluster = cluster
         self._timing = timing
+        self._max_device_memory = max_device_memory
         device_memory = max_device_memory
         if device_memory is None and cluster.device_memory is not None:
             device_memory = cluster.device_memory * 4 // 5
         memory = cluster.memory if max_memory is None else max_memory
-        self.resources = Resources(cluster.device, 1, cluster.cores, memory, max_memory is not None, device_memory)
+        self.resources = Resources(
+            cluster.device, 1, cluster.cores, memory, max_memory is not None, device_memory, cluster.device_free
+        )
         self.device_name = cluster.device_name
         self.files_at_a_time = 1
 
@@ -145,7 +151,7 @@ class RayEngine:
         from surgery.engine.ray import run_remotely
 
         remote = {index: jobs.remote(index) for index in which}
-        with closing(run_remotely(remote, self._cluster, memory, self._timing)) as finished:
+        with closing(run_remotely(remote, self._cluster, memory, self._max_device_memory, self._timing)) as finished:
             for index, result in finished:
                 jobs.tell(index)
                 yield index, result
@@ -191,24 +197,9 @@ def _resources(devices: Sequence[torch.device], max_memory: int | None, max_devi
     memory, available = max_memory, available_memory()
     if memory is None and available is not None:
         memory = available // 2
-    device_memory = max_device_memory
-    if kind == "cuda" and device_memory is None:
-        device_memory = min(torch.cuda.get_device_properties(device).total_memory for device in devices) * 4 // 5
+    device_memory, free = max_device_memory, None
+    if kind == "cuda":
+        free = free_memory(devices)
+        device_memory = total_memory(devices) * 4 // 5 if device_memory is None else device_memory
     cores = torch.get_num_threads() if kind == "cpu" else os.cpu_count() or 1
-    return Resources(kind, len(devices), cores, memory, max_memory is not None, device_memory)
-
-
-@contextmanager
-def _limited(devices: Sequence[torch.device], max_device_memory: int | None) -> Iterator[None]:
-    """Make torch itself keep to a limit on the memory of GPUs until the context is left; no effect without a limit."""
-    limited = []
-    if max_device_memory is not None and devices[0].type == "cuda":
-        limited = [torch.cuda.current_device() if device.index is None else device.index for device in devices]
-    for device in limited:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, (max_device_memory or 0) / total), device)
-    try:
-        yield
-    finally:
-        for device in limited:
-            torch.cuda.set_per_process_memory_fraction(1.0, device)
+    return Resources(kind, len(devices), cores, memory, max_memory is not None, device_memory, free)

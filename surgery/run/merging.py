@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from surgery.engine.resources import Memory, Resources
+from surgery.engine.sharing import share_out
 from surgery.errors import OptionError, few
 from surgery.format.header import Header
 from surgery.lossless.update import Rounding
 from surgery.names import DTYPES, Dtype
-from surgery.planning.memory import known_bytes, need_to_merge, share_out
+from surgery.planning.memory import known_bytes, need_to_merge
 from surgery.progress import listening, note, phase
 from surgery.quantized.weight import packed_in
 from surgery.source.adapter import local_adapter

@@ -1,10 +1,11 @@
-"""The note about matrices whose SVD did not reach its tolerance."""
+"""The notes about matrices whose SVD did not reach its tolerance, or was not proven."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 from surgery.errors import few
+from surgery.format.top_k_records import TopKRecord
 
 #: How many of them the note names.
 _NAMED = 3
@@ -22,3 +23,18 @@ def unconverged_note(found: Mapping[str, float], of: str, tolerance: float, hint
     worst = sorted(found, key=lambda key: -found[key])
     named = few((f"{key} (residual {found[key]:.1e})" for key in worst), most=_NAMED)
     return f"the SVD of {len(found)} of {of} did not reach the tolerance {tolerance:g}: {named}. {hint}"
+
+
+def unproven_note(found: Mapping[str, TopKRecord], of: str) -> str:
+    """The text of the note: of how many it is not proven that no larger singular value was missed, and the worst of them.
+
+    Args:
+        found: name -> what is known of it, or of the worst of its matrices; at least one.
+        of: how many of what were to be proven, such as ``14 targets``.
+    """
+    worst = sorted(found, key=lambda key: found[key].rank, reverse=True)
+    named = few((f"{key} ({found[key]})" for key in worst), most=_NAMED)
+    return (
+        f"it is not proven of {len(found)} of {of} that no larger singular value was missed: {named}. A fold is as exact as "
+        "ever, but there may be larger directions than those that were kept; try another --rank or --seed"
+    )

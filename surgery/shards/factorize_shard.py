@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from surgery.device import as_memory_allows
 from surgery.engine.lane import Lane
 from surgery.engine.walk import Piece, ShardWalk, TargetPiece, looked_at
 from surgery.errors import OutputError, SourceError
@@ -23,8 +24,9 @@ from surgery.format.options import Options
 from surgery.format.safetensors import ShardReader, TensorFileWriter
 from surgery.format.sample import SampleHash, sampled, sampled_dtype
 from surgery.format.tensor_view import by_tensor
+from surgery.format.top_k_records import TopKRecord
 from surgery.format.views import View
-from surgery.memory import bytes_of
+from surgery.linalg.top_k import TopK
 from surgery.names import PARTIALS_DIR, RUN_FILE, correction_key, factor_key, factors_file
 from surgery.planning.plan import Layout, ShardPlan
 from surgery.planning.targets import Target
@@ -159,18 +161,23 @@ def run_job(job: Job, lane: Lane, progress: Progress, on_read: Callable[[], obje
             residuals.write(reader.header.raw)
 
         def factorize(window: Sequence[Piece]) -> _WindowResults:
-            return _factorize(window, collected, weights, job, lane.device)
+            return _factorize(window, collected, weights, job, lane)
 
         def finish(window: Sequence[Piece], done: _WindowResults) -> None:
-            _write(window, done, collected, residuals, factors)
             for piece in window:
+                if isinstance(piece, TargetPiece):
+                    for part in collected[piece.entry.name]:
+                        _collect(part, piece, done, job, factors)
+                if residuals:
+                    for data in lane.buffers.parts(piece.buffer):
+                        residuals.write(data)
                 if isinstance(piece, TargetPiece):
                     progress.item(piece.entry.name)
                 progress.advance(len(piece))
 
         def sample(piece: TargetPiece) -> None:
             for part in collected[piece.entry.name]:
-                part.sample.update(sampled(part.target, piece.tensor))
+                _add_sample(part.sample, part.target, piece.tensor)
 
         lane.flow(looked_at(walk, sample), job.window_bytes, factorize, finish, on_read)
         weights.check(job.shard.file, walk.sha256)
@@ -188,15 +195,20 @@ def _check_unchanged(reader: ShardReader, shard: ShardPlan) -> None:
         )
 
 
+def _add_sample(hashed: SampleHash, target: Target, stored: torch.Tensor) -> None:
+    """Add the sample of a target's matrices in a piece, wherever that is; a GPU may be too full to cut out slices."""
+    hashed.update(as_memory_allows(lambda some, where: [sampled(target, some[0].to(where))], [stored], stored.device)[0])
+
+
 def _with_rank(target: Target, reader: ShardReader, weights: ModelWeights, options: Options, lane: Lane) -> Target:
     """A target with the rank it will have: for a stack with an energy, the largest that any of its matrices needs.
 
     The matrices of a stack share one rank, so that their scales are one tensor, and it must be known before the first of them
-    is written. So such a stack is read and solved twice. Any other target is returned unchanged.
+    is written. So such a stack is read and solved twice, and the second time proven. Any other target is returned unchanged.
     """
     if target.energy is None or target.view.kind != "stack":
         return target
-    entry = reader.entries[target.tensor]
+    entry, options = reader.entries[target.tensor], dataclasses.replace(options, prove=False)
 
     def rank_of(index: int) -> int:
         weight = weights.exact(target.tensor, reader.read(entry, index, 1), index)
@@ -249,6 +261,7 @@ class _Collected:
 
     def add(self, result: Result) -> None:
         factors, certificate = result.factors, result.certificate
+        assert isinstance(certificate.top_k, TopK)  # of one matrix
         self.done += 1
         self.factors.append((factors.U, factors.s, factors.V))
         self.factors_sha256.update(factors)
@@ -259,14 +272,13 @@ class _Collected:
                 converged=bool(certificate.converged),
                 residual=[rounded_to(value, 3) for value in certificate.residual.tolist()],
                 gap=[rounded_to(value, 3) for value in certificate.gap.tolist()],
+                top_k=TopKRecord.of(certificate.top_k),
             )
         )
         self.kept += factors.s.double().square().sum().item()
         self.total += result.norm**2
         self.s_first, self.s_last = max(self.s_first, factors.s[0].item()), min(self.s_last, factors.s[-1].item())
         self.inexact += result.inexact
-        if result.residual is not None:
-            self.residual_sample.update(result.residual[None])
 
     def finished_factors(self) -> dict[str, torch.Tensor]:
         """U (m, k), s (k,) and V (n, k), stacked along a first dimension for a stack; they are dropped here."""
@@ -297,17 +309,8 @@ class _Collected:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class _WindowResults:
-    """The results of a window.
-
-    Attributes:
-        results: key of a target and index of a matrix -> result.
-        written: for each piece the bytes that the residual file gets, uint8. They share the memory of the piece.
-    """
-
-    results: dict[tuple[str, int], Result]
-    written: Sequence[torch.Tensor]
+#: The results of a window: key of a target and index of a matrix -> result.
+_WindowResults = dict[tuple[str, int], Result]
 
 
 def _factorize(
@@ -315,7 +318,7 @@ def _factorize(
     collected: Mapping[str, list[_Collected]],
     weights: ModelWeights,
     job: Job,
-    device: torch.device,
+    lane: Lane,
 ) -> _WindowResults:
     """Factorize all matrices in a window. In the residual layout the residuals take the place of the weights in its pieces."""
     matrices: list[Matrix] = []
@@ -323,43 +326,29 @@ def _factorize(
     for piece in window:
         if not isinstance(piece, TargetPiece):
             continue
-        weight = weights.exact_piece(piece)
+        weight = weights.exact_piece(piece, lane.device)
         for part in collected[piece.entry.name]:
             seen = part.target.view.matrices(weight)
             matrices += [Matrix(part.target, piece.first + i, matrix) for i, matrix in enumerate(seen)]
             if part.target.view.slice is not None:
                 slices.append((piece, part.target.view, seen))
-    results = factorize_matrices(matrices, job.layout, job.options, device)
+    results = factorize_matrices(matrices, job.layout, job.options, lane, job.window_bytes)
     if job.layout == "residual":
         for piece, view, residuals in slices:  # the matrices of slices are copies, and have to be put back
             view.store(residuals, piece.tensor)
-    return _WindowResults({(result.target.key, result.index): result for result in results}, [piece.buffer for piece in window])
+    return {(result.target.key, result.index): result for result in results}
 
 
-def _write(
-    window: Sequence[Piece],
-    done: _WindowResults,
-    collected: Mapping[str, list[_Collected]],
-    residuals: FileWriter | None,
-    factors: TensorFileWriter | None,
-) -> None:
-    """Write the results of a window: bytes to the residual file, and to the factors file what is complete."""
-    for piece, written in zip(window, done.written, strict=True):
-        if isinstance(piece, TargetPiece):
-            for part in collected[piece.entry.name]:
-                for i in range(len(piece.tensor) if part.target.view.kind == "stack" else 1):
-                    _add(part, done.results.pop((part.target.key, piece.first + i)), factors)
-        if residuals:
-            residuals.write(bytes_of(written))
-
-
-def _add(part: _Collected, result: Result, factors: TensorFileWriter | None) -> None:
-    part.add(result)
-    target = part.target
-    if factors is None:
-        return
-    if result.correction is not None:
-        factors.add(correction_key(target.key, target.place(result.index)), result.correction)
-    if part.done == target.matrices[0]:
+def _collect(part: _Collected, piece: TargetPiece, done: _WindowResults, job: Job, factors: TensorFileWriter | None) -> None:
+    """Take the results of the matrices of a target in a piece, and write to the factors file what is complete."""
+    target, stack = part.target, part.target.view.kind == "stack"
+    if job.layout == "residual":
+        _add_sample(part.residual_sample, target, piece.tensor)
+    for i in range(len(piece.tensor) if stack else 1):
+        result = done.pop((target.key, piece.first + i))
+        part.add(result)
+        if factors is not None and (correction := result.correction()) is not None:
+            factors.add(correction_key(target.key, target.place(result.index)), correction)
+    if factors is not None and part.done == target.matrices[0]:
         for name, tensor in part.finished_factors().items():
             factors.add(factor_key(target.key, name), tensor)

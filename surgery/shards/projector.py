@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from surgery.device import as_memory_allows
-from surgery.engine.walk import ShardWalk, TargetPiece, with_progress
+from surgery.engine.lane import Lane
+from surgery.engine.sharing import CPU_WINDOW_BYTES, share_out
+from surgery.engine.walk import Piece, ShardWalk, TargetPiece
 from surgery.errors import FormatError
 from surgery.files.access import read_errors
 from surgery.files.file_records import file_sha256
@@ -21,7 +24,9 @@ from surgery.format.tensor_view import by_tensor
 from surgery.lossless.blocks import BLOCK_ENTRIES, DEVICE_BLOCKS
 from surgery.lossless.factors import Factors
 from surgery.names import Train
-from surgery.progress import Progress, phase
+from surgery.planning.memory import known_bytes, need_to_project
+from surgery.progress import listening, phase
+from surgery.run.engines import LocalEngine
 from surgery.source.protocol import Source
 from surgery.tuned.likeness import Norms
 from surgery.tuned.model import TunedModel
@@ -108,59 +113,95 @@ class Closest:
         )
 
 
+_Found = tuple[TargetRecord, int, Components]
+
+
 class Projector:
-    """Compares a factorized checkpoint with a changed model, shard by shard, in one thread.
+    """Compares a factorized checkpoint with a changed model: ``LocalJobs``, one for each weight file with targets.
 
     Args:
         checkpoint: the factorized checkpoint.
         tuned: the changed model.
-        device: where the arithmetic runs; it must have float64.
         train: what the components are for.
     """
 
-    def __init__(self, checkpoint: FactorizedWeights, tuned: TunedModel, device: torch.device, train: Train) -> None:
+    def __init__(self, checkpoint: FactorizedWeights, tuned: TunedModel, train: Train) -> None:
         self._checkpoint = checkpoint
         self._tuned = tuned
-        self._device = device
         self._train = train
+        self._progress = listening()
+        owners = {target.shard for target in checkpoint.manifest.targets}
+        self._shards = [shard for shard in checkpoint.manifest.shards if shard.source.file in owners]
         checkpoint.weights.check_quantized()
 
-    def run(self, progress: Progress, take: Callable[[TargetRecord, int, Components], None]) -> None:
+    def run(self, engine: LocalEngine, take: Callable[[TargetRecord, int, Components], None]) -> None:
         """Compare all targets. Shards with neither targets nor parts of them are not read.
 
         Args:
-            progress: told how far it is.
-            take: given a target, the index of one of its matrices and what was found of it, for each matrix once.
+            engine: does the jobs, on devices that have float64.
+            take: given a target, the index of one of its matrices and what was found of it, for each matrix once, in the order
+                of the files.
         """
         manifest, weights = self._checkpoint.manifest, self._checkpoint.weights
-        owners = {target.shard for target in manifest.targets}
         quantized = [weights.quantized[target.tensor] for target in manifest.targets if target.tensor in weights.quantized]
         parts = set[str]().union(*(one.shards for one in quantized))
-        for shard in sorted(parts - owners):  # the others are hashed while they are read
+        for shard in sorted(parts - {one.source.file for one in self._shards}):  # the others are hashed while they are read
             path = weights.path(shard)
             with read_errors(path):
                 weights.check(shard, file_sha256(path))
-        shards = [shard for shard in manifest.shards if shard.source.file in owners]
-        with phase(progress, "projecting", sum(shard.source.size for shard in shards)):
-            for record in shards:
-                for target, index, found in self._shard(record.source.file, progress):
-                    take(target, index, found)
+        kept = known_bytes(manifest.targets, len(manifest.targets))
+        memory = share_out([need_to_project(target) for target in manifest.targets], engine.resources, kept=kept)
+        done: dict[int, list[_Found]] = {}
+        with (
+            phase(self._progress, "projecting", sum(shard.source.size for shard in self._shards)),
+            closing(engine.run(self, range(len(self._shards)), memory)) as finished,
+        ):
+            waiting = iter(range(len(self._shards)))
+            following = next(waiting, None)
+            for index, result in finished:
+                done[index] = result
+                while following in done:
+                    for found in done.pop(following):
+                        take(*found)
+                    following = next(waiting, None)
 
-    def _shard(self, shard: str, progress: Progress) -> Iterator[tuple[TargetRecord, int, Components]]:
-        weights, path = self._checkpoint.weights, self._checkpoint.weights.path(shard)
+    def acquired(self, which: Iterable[int]) -> Iterator[int]:
+        """See ``LocalJobs``."""
+        for index in which:
+            self._checkpoint.weights.path(self._shards[index].source.file)
+            yield index
+
+    def do_shard(self, index: int, lane: Lane, on_read: Callable[[], object]) -> list[_Found]:
+        """See ``LocalJobs``."""
+        shard, weights = self._shards[index].source.file, self._checkpoint.weights
+        path, results = weights.path(shard), list[_Found]()
         targets = by_tensor(self._checkpoint.manifest.targets_of(shard))
+
+        def compute(window: Sequence[Piece]) -> list[_Found]:
+            pieces = (piece for piece in window if isinstance(piece, TargetPiece))
+            return [found for piece in pieces for found in self._piece(piece, targets[piece.entry.name], lane.device)]
+
+        def finish(window: Sequence[Piece], found: list[_Found]) -> None:
+            results.extend(found)
+            for piece in window:
+                if isinstance(piece, TargetPiece):
+                    self._progress.item(piece.entry.name)
+                self._progress.advance(len(piece))
+
         with (
             weights.opened(shard, path, path.name) as stored,
-            ShardWalk(stored, {name: some[0].at_a_time for name, some in targets.items()}) as walk,
+            ShardWalk(stored, {name: some[0].at_a_time for name, some in targets.items()}, lane.buffers, lane.timing) as walk,
         ):
             if lost := sorted(targets.keys() - {entry.name for entry in stored.header.tensors}):
                 raise FormatError(f"{path}: a target of the manifest is not there", got="nothing", expected=lost[0])
-            for piece in with_progress(walk, progress):
-                if isinstance(piece, TargetPiece):
-                    yield from self._piece(piece, targets[piece.entry.name])
+            lane.flow(walk, CPU_WINDOW_BYTES, compute, finish, on_read)
         weights.check(shard, walk.sha256)
+        return results
 
-    def _piece(self, piece: TargetPiece, targets: Sequence[TargetRecord]) -> Iterator[tuple[TargetRecord, int, Components]]:
+    def close(self) -> None:
+        """Nothing to stop: files are fetched one by one, in ``acquired``."""
+
+    def _piece(self, piece: TargetPiece, targets: Sequence[TargetRecord], device: torch.device) -> Iterator[_Found]:
         for target in targets:
             check_entry(piece.entry, target)
         tuned = self._tuned.weight(piece)
@@ -169,14 +210,17 @@ class Projector:
             view = target.seen_as
             for i, (stored, new) in enumerate(zip(view.matrices(weight), view.matrices(tuned), strict=True), piece.first):
                 matrix = self._checkpoint.matrix(target, i, stored)
-                assert matrix.factors is not None
-                yield target, i, self._matrix(matrix, matrix.factors, new)
+                yield target, i, _compared(matrix, new, self._train, device)
 
-    def _matrix(self, matrix: StoredMatrix, factors: Factors, tuned: torch.Tensor) -> Components:
-        def compute(some: Sequence[torch.Tensor], where: torch.device) -> list[Components]:
-            return [_components(matrix.original(where), some[0].to(where), factors.to(where), self._train)]
 
-        return as_memory_allows(compute, [tuned], self._device)[0]
+def _compared(matrix: StoredMatrix, tuned: torch.Tensor, train: Train, device: torch.device) -> Components:
+    factors = matrix.factors
+    assert factors is not None
+
+    def compute(some: Sequence[torch.Tensor], where: torch.device) -> list[Components]:
+        return [_components(matrix.original(where), some[0].to(where), factors.to(where), train)]
+
+    return as_memory_allows(compute, [tuned], device)[0]
 
 
 def _components(weight: torch.Tensor, tuned: torch.Tensor, factors: Factors, train: Train) -> Components:

@@ -20,6 +20,7 @@ from surgery.format.manifest_records import ShardRecord, TargetRecord
 from surgery.format.safetensors import ShardReader
 from surgery.format.sample import sampled
 from surgery.format.tensor_view import by_tensor
+from surgery.format.top_k_records import TopKRecord
 from surgery.linalg.measured import measure
 from surgery.lossless.correction import CorruptCorrection
 from surgery.lossless.split import split
@@ -35,6 +36,19 @@ _HASHED_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
+class ShardFound:
+    """What the check of one shard has found.
+
+    Attributes:
+        failures: the checks that failed. A file that cannot be read is one, and no error.
+        top_k: of each matrix that was measured, with the key of its target, whether its kept values are the largest.
+    """
+
+    failures: list[Failure]
+    top_k: list[tuple[str, TopKRecord]]
+
+
+@dataclass(frozen=True, slots=True)
 class ShardCheck:
     """The check of one shard.
 
@@ -44,6 +58,7 @@ class ShardCheck:
         passed: the tensors in it that the manifest records as passed over.
         watch: of the checkpoint's own files.
         window_bytes: how much of a shard is worked on together; 0: only hashes and headers are checked.
+        prove: whether it is proven of each matrix that no larger singular value was missed.
         progress: told of each tensor that is done; called from threads.
     """
 
@@ -52,6 +67,7 @@ class ShardCheck:
     passed: AbstractSet[str]
     watch: Watch
     window_bytes: int
+    prove: bool
     progress: Progress
 
     @property
@@ -59,24 +75,21 @@ class ShardCheck:
         """The targets in the shard."""
         return self.checkpoint.manifest.targets_of(self.shard.source.file)
 
-    def run(self, lane: Lane, on_read: Callable[[], object]) -> list[Failure]:
+    def run(self, lane: Lane, on_read: Callable[[], object]) -> ShardFound:
         """Check the shard.
 
         Args:
             lane: the device, threads and memory to do it with.
             on_read: called when the shard has been read.
-
-        Returns:
-            The checks that failed. A file that cannot be read is one, and no error.
         """
-        failures = Failures()
+        failures, top_k = Failures(), list[tuple[str, TopKRecord]]()
         try:
-            self._run(lane, on_read, failures)
+            self._run(lane, on_read, failures, top_k)
         except SurgeryError as error:  # a file that cannot be read; other shards are checked all the same
             failures.fail(self.shard.source.file, error)
-        return failures.found
+        return ShardFound(failures.found, top_k)
 
-    def _run(self, lane: Lane, on_read: Callable[[], object], failures: Failures) -> None:
+    def _run(self, lane: Lane, on_read: Callable[[], object], failures: Failures, top_k: list[tuple[str, TopKRecord]]) -> None:
         shard, weights = self.shard, self.checkpoint.weights
         headers_only = not self.window_bytes
         for record in shard.written:
@@ -105,7 +118,9 @@ class ShardCheck:
                 done = [lane.submit(lambda target: factors_found(target, opened), target) for target in self.targets]
             try:
                 if weights is not None:
-                    _WeightsCheck(self, weights, factors, failures).run(lane, on_read, stack)
+                    check = _WeightsCheck(self, weights, factors, failures)
+                    check.run(lane, on_read, stack)
+                    top_k += check.top_k
             except SurgeryError as error:  # what is found of the factors is told all the same
                 failures.fail(shard.source.file, error)
             for found in done:
@@ -130,8 +145,14 @@ class _WeightsCheck:
         self._residuals: ShardReader | None = None
         options = check.checkpoint.manifest.options
         self._by_name = {
-            name: [CheckedTarget(target, options) for target in targets] for name, targets in by_tensor(check.targets).items()
+            name: [CheckedTarget(target, options, check.prove) for target in targets]
+            for name, targets in by_tensor(check.targets).items()
         }
+
+    @property
+    def top_k(self) -> list[tuple[str, TopKRecord]]:
+        """What is known of each matrix that has been measured, with the key of its target."""
+        return [(one.target.key, record) for parts in self._by_name.values() for one in parts for record in one.top_k]
 
     def run(self, lane: Lane, on_read: Callable[[], object], stack: ExitStack) -> None:
         """Read the weight file, and check targets, aliases and the whole file against the manifest.
@@ -218,11 +239,11 @@ class _WeightsCheck:
     def _measured_target(
         self, piece: TargetPiece, parts: Sequence[CheckedTarget], factors: FactorsReader, device: torch.device
     ) -> list[list[MeasuredMatrix]]:
-        weight, beside = self._weights.exact_piece(piece), None
+        weight, beside = self._weights.exact_piece(piece, device), None
         if self._residuals is not None:
             count = None if parts[0].target.at_a_time is None else len(piece.tensor)
             beside = self._residuals.read(self._residuals.entries[piece.entry.name], piece.first, count)
-        result = []
+        result, prove = [], self._check.prove
         for checked in parts:
             view, target = checked.target.seen_as, checked.target
             matrices = view.matrices(weight)
@@ -230,10 +251,10 @@ class _WeightsCheck:
             seen = []
             for i, matrix in enumerate(matrices):
                 if self._weights.holds_residuals:
-                    seen.append(_recovered(target, piece.first + i, matrix, factors, device))
+                    seen.append(_recovered(target, piece.first + i, matrix, factors, device, prove))
                 else:
                     other = None if others is None else others[i]
-                    seen.append(_compared(target, piece.first + i, (matrix, other), factors, device))
+                    seen.append(_compared(target, piece.first + i, (matrix, other), factors, device, prove))
             if self._weights.holds_residuals and view.slice is not None:
                 view.store(matrices, piece.tensor)
             result.append(seen)
@@ -275,7 +296,7 @@ class _WeightsCheck:
 
 
 def _recovered(
-    target: TargetRecord, index: int, stored: torch.Tensor, factors: FactorsReader, device: torch.device
+    target: TargetRecord, index: int, stored: torch.Tensor, factors: FactorsReader, device: torch.device, prove: bool
 ) -> MeasuredMatrix:
     """Recover the weight of a residual ``stored`` (m, n), which it overwrites, and measure it against its factors."""
     matrix = stored_residual(factors, target, index, stored, lossless=True)
@@ -287,8 +308,9 @@ def _recovered(
             weight, inexact = matrix.recovered(where)
         except CorruptCorrection as error:
             return [MeasuredMatrix(index, kept, None, None, True, str(error))]
-        stored.copy_(weight)
-        return [MeasuredMatrix(index, kept, measure(weight, kept.to(where)), inexact, True)]
+        measured = MeasuredMatrix(index, kept, measure(weight, kept.to(where), prove=prove), inexact, True)
+        stored.copy_(weight)  # last: where the memory of a GPU does not suffice, all this is done again from it
+        return [measured]
 
     return as_memory_allows(compute, [stored], device)[0]
 
@@ -299,6 +321,7 @@ def _compared(
     stored: tuple[torch.Tensor, torch.Tensor | None],
     factors: FactorsReader,
     device: torch.device,
+    prove: bool,
 ) -> MeasuredMatrix:
     """Measure a weight (m, n) of the base against its factors, and compare the checkpoint's residual of it, if there is one.
 
@@ -307,6 +330,7 @@ def _compared(
         stored: the weight, and its residual in the checkpoint; None in the overlay layout.
         factors: of the shard.
         device: where the arithmetic runs.
+        prove: whether it is proven that no larger singular value was missed.
     """
     kept = factors.factors(target, index)
 
@@ -316,7 +340,7 @@ def _compared(
         if residual is not None:
             parts = split(weight, there, correct=False)
             inexact, agrees = parts.inexact, torch.equal(parts.residual.cpu().view(torch.uint8), residual.view(torch.uint8))
-        return [MeasuredMatrix(index, kept, measure(weight, there), inexact, agrees)]
+        return [MeasuredMatrix(index, kept, measure(weight, there, prove=prove), inexact, agrees)]
 
     return as_memory_allows(compute, [stored], device)[0]
 

@@ -11,6 +11,7 @@ from surgery.format.factors import FactorsHash, FactorsReader
 from surgery.format.manifest_records import TargetRecord
 from surgery.format.options import Options
 from surgery.format.sample import SampleHash, sampled_dtype
+from surgery.format.top_k_records import TopKRecord
 from surgery.linalg.measured import Measured, could_come_from, gap_limits, overstated, says_converged
 from surgery.lossless.factors import Factors
 from surgery.reports import rounded_to
@@ -20,6 +21,8 @@ from surgery.shards.failures import Failure, Failures
 _ORTHONORMAL = 1e-5
 #: By how much a residual may exceed the recorded one, over s_1, beyond 1 %: float64 products differ from machine to machine.
 _ROUNDED = 1e-9
+#: By how much a value that was missed may be above s_k, relatively: a proof does not tell closer ones apart.
+_AS_LARGE = 1e-3
 #: Relative error that a recorded energy may have: half a unit in its sixth digit, and that of float32 sums of squares.
 _ENERGY = 8e-6
 
@@ -52,16 +55,20 @@ class CheckedTarget:
     Attributes:
         target: which.
         options: those that the checkpoint was made with.
+        prove: whether it is to be proven that no larger singular value was missed.
         spoiled: whether something was found that makes further checks meaningless.
         stored: hash of the sample of what is stored, residual or weight.
         recovered: hash of the sample of the weights that are recovered from residuals.
+        top_k: of each matrix that was measured, whether its kept values are the largest.
     """
 
     target: TargetRecord
     options: Options
+    prove: bool
     spoiled: bool = False
     stored: SampleHash = field(init=False)
     recovered: SampleHash = field(init=False)
+    top_k: list[TopKRecord] = field(default_factory=list)
     _matrices: int = 0
     _kept: float = 0.0
     _total: float = 0.0
@@ -81,7 +88,8 @@ class CheckedTarget:
             self._misses.append(("the correction decodes", seen.damage, ""))
             self.spoiled = True
             return
-        s = seen.factors.s.double()
+        s, known = seen.factors.s.double(), TopKRecord.of(measured.top_k)
+        self.top_k.append(known)
         self._kept += s.square().sum().item()
         self._total += measured.energy
         self._inexact += seen.inexact or 0.0
@@ -100,6 +108,12 @@ class CheckedTarget:
         if bool((over := overstated(residual, measured)).any()):
             i = int(over.nonzero()[0])
             miss("residual", f"{residual[i].item():.3g} of direction {i + 1}", f"{measured.residual[i].item():.3g}")
+        first, last = s[0].item(), s[-1].item()
+        allowed = max(self.options.tolerance * first, _AS_LARGE * last)
+        if measured.missed * first > allowed:
+            miss("no larger singular value", f"{last + measured.missed * first:.6g}", f"at most {last + allowed:.6g}")
+        elif self.prove and known.verdict != "proven":
+            miss("proof that no singular value is larger", str(known), "proven")
         (_, m, n), short = target.matrices, min(target.matrices[1:])
         least, most = gap_limits(s, measured, gap, short, max(m, n))
         if bool((wrong := ~((least <= gap) & (gap <= most))).any()):

@@ -12,9 +12,10 @@ import torch
 
 from surgery.device import downloaded
 from surgery.solvers.dense import eigh, on_all_cores
-from surgery.solvers.krylov import NOISE, KrylovBasis
+from surgery.solvers.krylov import KrylovBasis
 from surgery.solvers.operator import Operator, widened
 from surgery.solvers.orthonormal import orthonormal_rows
+from surgery.solvers.repair import NOISE
 
 #: The least length of a row outside the span of those before it in its block, over its own. One Cholesky QR in float64 leaves
 #: an error of 1e-16 over the square of it, here a float32 rounding.
@@ -22,13 +23,6 @@ _LEAST = 3e-5
 #: The largest part of a block (Frobenius norm) that may be in the basis after the first projection. It is taken away, and
 #: shortens the rows by half its square: less than a float32 rounding, so that they need no second Cholesky QR.
 _MOST_AGAIN = 3e-4
-
-
-def krylov_basis(operator: Operator, *, limit: int, block: int, seed: int) -> KrylovBasis:
-    """An empty basis for each matrix of ``operator``, as fits their device and precision; see ``KrylovBasis``."""
-    matrices = operator.matrices
-    kind = DeferredBasis if matrices.device.type == "cuda" and matrices.dtype == torch.float32 else KrylovBasis
-    return kind(operator, limit=limit, block=block, seed=seed)
 
 
 class DeferredBasis(KrylovBasis):

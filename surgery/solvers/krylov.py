@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from surgery.device import downloaded
@@ -9,10 +11,8 @@ from surgery.memory import scratch
 from surgery.solvers.dense import eigh
 from surgery.solvers.operator import Operator, wide_device, widened
 from surgery.solvers.random import generator_of
+from surgery.solvers.repair import NOISE, repaired
 from surgery.solvers.search import Search
-
-#: A direction is noise if its part outside the basis is below this multiple of the norm of B times its image's length.
-NOISE = 3e-7
 
 
 class KrylovBasis:
@@ -139,37 +139,11 @@ class KrylovBasis:
             still = torch.zeros(count, width, self.size, dtype=torch.float64, device=self._wide)
         for i, done in enumerate(sound):
             if not done:
-                block[i], coupling[i] = self._repaired(i, rows[i], noise[i], room)
+                block[i], coupling[i] = repaired(rows[i], noise[i], known[i], room, partial(self._random, i))
                 still[i] = 0
         self._rows[:, self.size : self.size + room] = block
         self._coupling = coupling
         return still
-
-    def _repaired(self, i: int, rows: torch.Tensor, noise: torch.Tensor, room: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """The ``room`` longest directions of ``rows`` (b, short) for matrix i, with random ones in place of noise.
-
-        Returns:
-            (room, short) orthonormal rows and the float64 (b, room) coupling.
-        """
-        known = self._rows[i, : self.size]
-        wide = widened(rows - (rows @ known.T) @ known)
-        # In units of each row's noise, so that a row with much noise does not hide the others.
-        unit = torch.where(noise > 0, noise, 1.0)
-        wide = wide / unit[:, None]
-        values, vectors = eigh(wide @ wide.T)
-        lengths = values.clamp(min=0).sqrt()
-        least = max(1.0 if noise.any() else 0.0, 1e-14 * lengths.max().item())
-        kept = (lengths > least).nonzero().flatten().flip(0)[:room]
-        coupling = unit[:, None] * (vectors[:, kept] * lengths[kept])
-        block = ((vectors[:, kept] / lengths[kept]).T @ wide).to(rows.dtype).to(rows.device)
-        if len(kept) < room:
-            coupling = torch.nn.functional.pad(coupling, (0, room - len(kept)))
-            block = torch.cat([block, self._random(i, room - len(kept)).to(block)])
-        for _ in range(2):
-            # Cholesky keeps the order of the rows and hardly changes the first ones, so the coupling stays valid.
-            block = block - (block @ known.T) @ known
-            block = (_inverse_root(_gram(block)) @ widened(block)).to(rows.dtype).to(rows.device)
-        return block, coupling
 
     def _random(self, i: int, count: int) -> torch.Tensor:
         """(count, short), the next random rows of matrix i; float32, on the CPU."""
@@ -212,21 +186,3 @@ def _orthonormalised(
     block = torch.bmm(torch.linalg.solve_triangular(root, eye, upper=False).to(rows), block)
     outcome = [True] * len(rows) if all_sound and not info.any() else sound.tolist()
     return block, torch.bmm(factor, root), torch.bmm(factor, widened(again)), outcome
-
-
-def _inverse_root(gram: torch.Tensor) -> torch.Tensor:
-    """T with ``T gram T^T = I``, from Cholesky, or from eigenvectors where rounding has made gram indefinite."""
-    factor, info = torch.linalg.cholesky_ex(gram)
-    if info.item() == 0:
-        eye = torch.eye(len(factor), dtype=torch.float64, device=gram.device)
-        inverse: torch.Tensor = torch.linalg.solve_triangular(factor, eye, upper=False)
-    else:
-        values, vectors = eigh(gram)
-        inverse = (vectors / values.clamp(min=1e-14 * values[-1].item()).sqrt()).T
-    return inverse
-
-
-def _gram(rows: torch.Tensor) -> torch.Tensor:
-    """float64 ``rows rows^T``."""
-    wide = widened(rows)
-    return wide @ wide.T

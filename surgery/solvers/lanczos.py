@@ -16,11 +16,12 @@ from dataclasses import dataclass
 
 import torch
 
-from surgery.solvers.deferred import krylov_basis
+from surgery.solvers.deferred import DeferredBasis
 from surgery.solvers.krylov import KrylovBasis
 from surgery.solvers.operator import Operator
 from surgery.solvers.product import LARGE
 from surgery.solvers.search import Search
+from surgery.solvers.single import SingleBasis
 
 MAX_PASSES = 400
 
@@ -108,7 +109,16 @@ def block_lanczos(
     return ritz, basis.search
 
 
-def iterate(basis: KrylovBasis, k: int, far: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> RitzVectors:
+def krylov_basis(operator: Operator, *, limit: int, block: int, seed: int) -> KrylovBasis | SingleBasis:
+    """An empty Krylov basis for the matrices of an operator: that which is made for one on a CPU, or for float32 on a GPU."""
+    device, dtype = operator.matrices.device.type, operator.matrices.dtype
+    if device == "cuda" and dtype == torch.float32:
+        return DeferredBasis(operator, limit=limit, block=block, seed=seed)
+    kind = SingleBasis if len(operator) == 1 and device == "cpu" else KrylovBasis
+    return kind(operator, limit=limit, block=block, seed=seed)
+
+
+def iterate(basis: KrylovBasis | SingleBasis, k: int, far: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> RitzVectors:
     """Step and restart until all matrices are near enough, or for ``MAX_PASSES``.
 
     Args:
@@ -119,7 +129,9 @@ def iterate(basis: KrylovBasis, k: int, far: Callable[[torch.Tensor, torch.Tenso
     """
     keep = kept_rows(k, basis.block)
     last_pass = basis.operator.passes + MAX_PASSES
-    checks = _CheckSchedule(basis.operator.matrices.device)
+    matrices = basis.operator.matrices
+    on_gpu = matrices.device.type != "cpu"
+    checks = _CheckSchedule(share=0.7 if on_gpu else 0.4, cheap_steps=on_gpu or matrices.numel() < LARGE)
     while True:
         basis.step()
         last = basis.operator.passes + 2 > last_pass
@@ -157,11 +169,15 @@ def worst_residuals(values: torch.Tensor, residuals: torch.Tensor, k: int, toler
 class _CheckSchedule:
     """Decides after which steps to compute the residuals, since that takes an eigenproblem.
 
-    On a GPU a step costs less than the eigenproblem, which is the host's: then rather a step too many than a look too many.
+    Args:
+        share: of the steps that the residuals' decay asks for, after which to look again: the decay becomes faster and
+            faster. On a GPU, where the host solves the eigenproblem, rather a step too many than a look too many.
+        cheap_steps: whether a step too many costs no more than an eigenproblem too many.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._rather_late = device.type != "cpu"
+    def __init__(self, *, share: float, cheap_steps: bool) -> None:
+        self._share = share
+        self._rounded = math.ceil if cheap_steps else math.floor
         self._steps = 0
         self._next = 4
         self._seen: tuple[int, float] | None = None
@@ -175,7 +191,6 @@ class _CheckSchedule:
         wait = math.log(worst) / math.log(_STEEPEST)
         if self._seen is not None and worst < self._seen[1]:
             decay = math.log(self._seen[1] / worst) / (self._steps - self._seen[0])
-            # The decay becomes faster and faster.
-            wait = max(wait, (0.7 if self._rather_late else 0.4) * math.log(worst) / decay)
+            wait = max(wait, self._share * math.log(worst) / decay)
         self._seen = (self._steps, worst)
-        self._next = self._steps + max(1, min(8, math.ceil(wait) if self._rather_late else math.floor(wait)))
+        self._next = self._steps + max(1, min(8, self._rounded(wait)))

@@ -10,7 +10,7 @@ from surgery.memory import scratch
 from surgery.solvers.product import GAP, gram, rows_times, rows_times_transposed
 
 #: Entries of a matrix that are widened to float64 at a time on a CPU: few enough for its cache, enough for its products.
-_WIDE_ENTRIES = 1 << 19
+_WIDE_ENTRIES = 1 << 18
 #: The same on a GPU, of all matrices of a batch.
 _WIDE_ENTRIES_GPU = 1 << 25
 #: The most columns of a block on a CPU: of wider blocks only few rows fit the cache, and products with few rows are slow

@@ -14,13 +14,11 @@ from typing import Any
 
 import torch
 
-#: With at least so many entries, and rows that nearly fill whole vector registers, oneDNN is fastest with the large matrix as
-#: its first operand: it packs the second one, and packing a large one takes longer than multiplying by a few rows.
+#: Entries from which on a matrix does not stay in the cache of one core.
 LARGE = 1 << 21
-_LANES = 16
 #: Rows a multiple of ``_CROWDED`` entries apart share few cache lines, which makes packing slow; ``GAP`` zeros behind each row
 #: prevent that (docs/numerics.md).
-_CROWDED, GAP = 1024, 16
+_CROWDED, GAP = 512, 16
 #: Rows of a symmetric product that are computed at a time, up to the diagonal: few enough to leave out most of what lies
 #: beyond it, enough for a product.
 _SYMMETRIC_ROWS = 128
@@ -38,7 +36,7 @@ def rows_times_transposed(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tens
 
 def leading_dimension(m: int, n: int, device: torch.device) -> int:
     """Entries from one row to the next, at least n, with which products with a matrix (m, n) are fastest."""
-    return n + GAP if device.type == "cpu" and m * n >= LARGE and n % _CROWDED == 0 else n
+    return n + GAP if device.type == "cpu" and n % _CROWDED == 0 else n
 
 
 def gram(rows: torch.Tensor) -> torch.Tensor:
@@ -64,9 +62,8 @@ def _by_columns(y: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
 
 
 def _by_rows(x: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
-    if matrix.numel() >= LARGE and -len(x) % _LANES < _LANES // 2:
-        return _linear(matrix, x.T.contiguous().T).T
-    return _linear(x, matrix)
+    # The matrix first: oneDNN packs the second operand, and packing a large one takes longer than multiplying by a few rows.
+    return _linear(matrix, x).T
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -101,7 +101,8 @@ def engine(short: int, k: int) -> str:
 def workspace_bytes(m: int, n: int, k: int, dtype: torch.dtype) -> int:
     """Upper estimate of the memory that solving one (m, n) matrix of ``dtype`` takes besides the matrix."""
     short = min(m, n)
-    copy = 4 * m * leading_dimension(m, n, torch.device("cpu")) if dtype.itemsize < 4 else 0
+    width = leading_dimension(m, n, torch.device("cpu"))
+    copy = 4 * m * width if dtype.itemsize < 4 or (dtype == torch.float32 and width > n) else 0
     vectors = 48 * k * (m + n) + widened_bytes(m, n)
     match engine(short, k):
         case "svd":

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from surgery.engine.sharing import share_out
 from surgery.format.options import Options
-from surgery.planning.memory import need_to_measure, share_out
+from surgery.planning.memory import need_to_measure
 from surgery.planning.notes import notes_of_reach
 from surgery.planning.plan import Plan, make_plan
 from surgery.progress import listening, note, phase

@@ -261,7 +261,7 @@ class SpectraJobs:
         return self._hashes[path]
 
     def _piece(self, piece: TargetPiece, targets: Sequence[Target], device: torch.device) -> list[dict[str, Any]]:
-        weight = self._weights.exact_piece(piece)
+        weight = self._weights.exact_piece(piece, device)
         changed = None if self._tuned is None else self._tuned.weight(piece)
         stored = [targets[0].dtype] if self._tuned is None else [targets[0].dtype, self._tuned.dtype(piece.entry.name)]
         spacings = tuple(map(spacing_of, stored))

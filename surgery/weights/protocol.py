@@ -6,7 +6,7 @@ folder (``weights.residual``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Self
 
 import torch
 
+from surgery.device import as_memory_allows
 from surgery.engine.walk import TargetPiece
 from surgery.errors import FormatError
 from surgery.files.file_records import FileRecord
@@ -27,6 +28,8 @@ from surgery.quantized.recognize import Quantization
 from surgery.quantized.weight import Quantized, packed_in
 from surgery.source.protocol import WeightFiles
 from surgery.weights.quantized import Dequantizer
+
+_CPU = torch.device("cpu")
 
 FindQuantization = Callable[[], Quantization]
 
@@ -166,14 +169,29 @@ class Weights:
 
         Args:
             tensor: its name.
-            stored: the whole tensor, or some consecutive matrices of a stack.
+            stored: the whole tensor, or some consecutive matrices of a stack; on the CPU or on a GPU, which then computes them.
             first: the index of the first of these matrices.
         """
         return self._dequantizer.weight(stored, first, self.quantized.get(tensor))
 
-    def exact_piece(self, piece: TargetPiece) -> torch.Tensor:
-        """``exact`` of a piece of a walk."""
-        return self.exact(piece.entry.name, piece.tensor, piece.first)
+    def exact_piece(self, piece: TargetPiece, device: torch.device = _CPU) -> torch.Tensor:
+        """``exact`` of a piece of a walk.
+
+        Args:
+            piece: of any tensor.
+            device: a GPU gets what is stored of a quantized weight, and computes its numbers, which take four bytes each.
+
+        Returns:
+            A quantized weight on that GPU, on the CPU if the memory of the GPU does not suffice; any other where it was.
+        """
+        name, first = piece.entry.name, piece.first
+        if device.type != "cuda" or name not in self.quantized:
+            return self.exact(name, piece.tensor, first)
+
+        def compute(some: Sequence[torch.Tensor], where: torch.device) -> list[torch.Tensor]:
+            return [self.exact(name, some[0].to(where, non_blocking=True), first)]
+
+        return as_memory_allows(compute, [piece.tensor], device)[0]
 
 
 def check_entry(entry: TensorEntry, target: TargetRecord) -> None:

@@ -45,6 +45,7 @@ def test_factorize_fold_inspect(llama: Path, tmp_path: Path) -> None:
         "residual",
         "converged",
         "undetermined",
+        "largest",
     ]
     assert [row.split()[:4] for row in rows if "q_proj" in row] == [
         [f"model.layers.{i}.self_attn.q_proj.weight", "48x48", "BF16", "4"] for i in range(2)
@@ -182,7 +183,7 @@ def test_launcher_and_pipes(llama: Path, tmp_path: Path) -> None:
     """In a pipe there is no bar: stderr holds the summary alone."""
     done = _python(str(ROOT / "cli.py"), "factorize", str(llama), "--rank", "4", cwd=tmp_path)
     assert done.returncode == 0
-    assert len(done.stderr.splitlines()) == 2
+    assert len(done.stderr.splitlines()) == 3
     assert "\r" not in done.stderr
     assert (tmp_path / "factorized/surgery/manifest.json").exists()
 
@@ -239,6 +240,7 @@ def test_inspect_tells_when_the_smallest_value_is_hardly_known(tmp_path: Path) -
     assert found["a"]["s_last_error"] < found["b"]["s_last_error"] < 0.01 < found["c"]["s_last_error"] < 0.2
     assert (found["d"]["s_last_error"], found["e"]["s_last_error"]) == (1, 0)
 
-    shown = {line[19]: line for line in _run("inspect", tmp_path / "f").stdout.splitlines() if line.startswith("model.")}
+    rows = [re.split(r"\s{2,}", line) for line in _run("inspect", tmp_path / "f").stdout.splitlines()]
+    shown = {row[0][19]: row[6] for row in rows if row[0].startswith("model.")}
     assert [name for name, line in shown.items() if "+-" in line] == ["c"]
     assert [name for name, line in shown.items() if "unknown" in line] == ["d"]

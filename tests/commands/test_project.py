@@ -24,9 +24,9 @@ from surgery.format.scales.reading import read_trained
 from surgery.format.scales.writing import write_scales, write_untouched
 from surgery.names import TRAINS, Train
 from surgery.progress import Silent
+from tests.fp8_models import quantize_model
 from tests.loopback_hub import LoopbackHub
 from tests.models import files_of, realistic, tensors_of
-from tests.weights.test_fp8 import quantize_model
 
 RECIPE = """
 [[rules]]

@@ -19,6 +19,7 @@ from surgery.engine import buffers as lending
 from surgery.engine.buffers import Buffers
 from surgery.engine.lane import Lane
 from surgery.engine.local import run_jobs
+from surgery.engine.resources import Memory
 from surgery.engine.threads import Stopped
 from surgery.engine.walk import Bytes, Piece
 
@@ -67,7 +68,7 @@ class _Counted:
 
 
 def lane_of(workers: int = 2, units: int = 8) -> Lane:
-    return Lane(CPU, workers, units * UNIT)
+    return Lane(CPU, Memory(workers, UNIT, units * UNIT))
 
 
 # Jobs.
@@ -557,7 +558,7 @@ def test_a_thread_that_cannot_start(good: int, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(threading.Thread, "start", failing)
     with (
         pytest.raises(RuntimeError, match="can't start new thread") if good < 4 else contextlib.nullcontext(),
-        closing(run_jobs(work, iter(range(50)), [Lane(CPU, 1, 10 * UNIT)])) as finished,
+        closing(run_jobs(work, iter(range(50)), [Lane(CPU, Memory(1, UNIT, 10 * UNIT))])) as finished,
     ):
         list(finished)
     monkeypatch.undo()

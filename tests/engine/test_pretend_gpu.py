@@ -1,10 +1,9 @@
-"""All that runs on a GPU, on a device that keeps its tensors apart from the CPU's (``tests/pretend_gpu.py``)."""
+"""All that runs on a GPU: on the real one where there is one, else on one that does all as late as it may."""
 
 from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +12,28 @@ import torch
 from safetensors.torch import load_file
 
 import surgery
+from surgery.device import device_name
 from surgery.errors import SurgeryWarning
+from tests.fp8_models import quantize_model
+from tests.gpus import Gpu, only_pretended
+from tests.late_gpu import late_gpu
 from tests.linalg.test_svd import MATRICES, check
 from tests.models import files_of, realistic, save_llama, tensors_of
 from tests.pretend_gpu import GPU, OnGpu, pretend_gpu
-from tests.weights.test_fp8 import quantize_model
-
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a real one")
-
-
-@pytest.fixture
-def gpu() -> Iterator[dict[str, int]]:
-    with pretend_gpu() as log:
-        yield log
 
 
 def on_cpu(result: surgery.TruncatedSVD) -> surgery.TruncatedSVD:
     return dataclasses.replace(result, U=result.U.cpu(), s=result.s.cpu(), V=result.V.cpu())
 
 
-def test_the_device_refuses_what_a_real_one_does(gpu: dict[str, int]) -> None:
+@only_pretended
+@pytest.mark.parametrize("pretended", [pretend_gpu, late_gpu])
+def test_the_device_refuses_what_a_real_one_does(pretended: Gpu) -> None:
+    with pretended():
+        refuses_what_a_real_one_does()
+
+
+def refuses_what_a_real_one_does() -> None:
     here, there = torch.ones(3), torch.ones(3).to(GPU)
     assert isinstance(there, OnGpu)
     assert (there.device, (there + 1).device, there[1:].device) == (GPU, GPU, GPU)
@@ -48,7 +49,7 @@ def test_the_device_refuses_what_a_real_one_does(gpu: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("name", ["power law", "wide", "rank 5", "staircase of 33", "geometric", "scaled rows", "small"])
-def test_hard_matrices(name: str, gpu: dict[str, int]) -> None:
+def test_hard_matrices(name: str, on_gpu: dict[str, int]) -> None:
     A = MATRICES[name]
     k = min(16, *A.shape)
     result = surgery.truncated_svd(A.to(GPU), k)
@@ -59,7 +60,7 @@ def test_hard_matrices(name: str, gpu: dict[str, int]) -> None:
 
 @pytest.mark.parametrize(("shape", "k"), [((60, 50), 8), ((300, 400), 12), ((620, 560), 16), ((300, 200), 150)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_batches(shape: tuple[int, int], k: int, dtype: torch.dtype, gpu: dict[str, int]) -> None:
+def test_batches(shape: tuple[int, int], k: int, dtype: torch.dtype, on_gpu: dict[str, int]) -> None:
     batch = torch.stack([realistic(*shape, seed=seed) for seed in range(3)]).to(dtype)
     result = surgery.truncated_svd(batch.to(GPU), k)
     assert bool(result.certificate.converged.all())
@@ -69,11 +70,12 @@ def test_batches(shape: tuple[int, int], k: int, dtype: torch.dtype, gpu: dict[s
     assert found.s.device == GPU
 
 
+@only_pretended
 @pytest.mark.parametrize("room", [8, 2, 0.5])
 def test_a_full_device(room: float) -> None:
     """With room for so many of the matrices, in float32, in an allocation: all at once, one by one, none."""
     batch = torch.stack([realistic(600, 550, seed=seed) for seed in range(4)])
-    with pretend_gpu() as log, warnings.catch_warnings(record=True) as said:
+    with late_gpu() as log, warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always", SurgeryWarning)
         there = batch.to(GPU).bfloat16()
         log["largest"] = int(room * 4 * 600 * 550)
@@ -84,11 +86,11 @@ def test_a_full_device(room: float) -> None:
     assert ((result.s.cpu().double() - truth).abs() <= 1e-6 * truth[:, :1]).all()
 
 
-def there_and_back(model: Path, folder: Path, **options: Any) -> surgery.Manifest:
+def there_and_back(gpu: Gpu, model: Path, folder: Path, **options: Any) -> surgery.Manifest:
     """Factorized, verified and folded on the device; what comes is what the CPU makes of the same factors."""
-    with pretend_gpu() as log:
+    with gpu() as log:
         manifest = surgery.factorize(model, folder / "f", rank=4, device="cuda:0", **options).manifest
-        assert manifest.device == "cuda (Pretended)"
+        assert manifest.device == device_name(GPU)
         assert all(target.converged for target in manifest.targets)
         assert surgery.verify(folder / "f", base=model if manifest.layout == "overlay" else None, device="cuda:0").ok
         base = {"base": model} if manifest.layout == "overlay" else {}
@@ -105,17 +107,17 @@ def there_and_back(model: Path, folder: Path, **options: Any) -> surgery.Manifes
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_there_and_back(dtype: torch.dtype, tmp_path: Path) -> None:
-    there_and_back(save_llama(tmp_path / "m", dtype), tmp_path)
+def test_there_and_back(dtype: torch.dtype, gpu: Gpu, tmp_path: Path) -> None:
+    there_and_back(gpu, save_llama(tmp_path / "m", dtype), tmp_path)
 
 
-def test_stacks_and_windows(mixed: Path, tmp_path: Path) -> None:
-    there_and_back(mixed, tmp_path)
+def test_stacks_and_windows(mixed: Path, gpu: Gpu, tmp_path: Path) -> None:
+    there_and_back(gpu, mixed, tmp_path)
 
 
-def test_without_a_correction(llama: Path, tmp_path: Path) -> None:
+def test_without_a_correction(llama: Path, gpu: Gpu, tmp_path: Path) -> None:
     scales = "f/surgery/scales.safetensors"
-    with pretend_gpu():
+    with gpu():
         manifest = surgery.factorize(llama, tmp_path / "f", rank=4, device="cuda:0", correction=False).manifest
         surgery.fold(tmp_path / "f", tmp_path / scales, tmp_path / "there", device="cuda:0")
     surgery.fold(tmp_path / "f", tmp_path / scales, tmp_path / "here", device="cpu")
@@ -127,16 +129,16 @@ def test_without_a_correction(llama: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quantized", [False, True])
-def test_overlays(quantized: bool, llama: Path, tmp_path: Path) -> None:
+def test_overlays(quantized: bool, llama: Path, gpu: Gpu, tmp_path: Path) -> None:
     model = quantize_model(llama, tmp_path / "m") if quantized else llama
-    there_and_back(model, tmp_path, layout="overlay")
+    there_and_back(gpu, model, tmp_path, layout="overlay")
 
 
-def test_studies(tmp_path: Path) -> None:
-    there_and_back(save_llama(tmp_path / "m", torch.bfloat16), tmp_path)
+def test_studies(gpu: Gpu, tmp_path: Path) -> None:
+    there_and_back(gpu, save_llama(tmp_path / "m", torch.bfloat16), tmp_path)
     found = {}
     for device in ("cpu", "cuda:0"):
-        with pretend_gpu() as log:
+        with gpu() as log:
             report = surgery.spectra(tmp_path / "m", tmp_path / "changed", device=device).as_json()
             scales = tmp_path / f"{device[:3]}.safetensors"
             surgery.project(tmp_path / "f", tmp_path / "changed", scales, device=device)

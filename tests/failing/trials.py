@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
+import tests.forks  # noqa: F401
 from surgery.cli.main import main as surgery_command
 from surgery.format.manifest import Manifest
 from surgery.names import SCALES_FILE

@@ -40,6 +40,7 @@ SET: dict[str, Any] = {
     "exclude": ("*.k_proj.weight",),
     "seed": 7,
     "tolerance": 1e-4,
+    "prove": True,
 }
 
 
@@ -72,7 +73,7 @@ def test_help_shows_each_keyword(name: str) -> None:
 
 @pytest.mark.parametrize("chosen", [{"rank": 3}, {"energy": 0.2, "max_rank": 5}, {"correction": False}, {}])
 def test_an_object_keywords_and_both_are_one_and_the_same(chosen: dict[str, Any], llama: Path, tmp_path: Path) -> None:
-    more = {name: SET[name] for name in ("recipe", "include", "exclude", "seed", "tolerance")}
+    more = {name: SET[name] for name in ("recipe", "include", "exclude", "seed", "tolerance", "prove")}
     options = Options(**chosen, **more)
     surgery.factorize(llama, tmp_path / "object", options=options)
     surgery.factorize(llama, tmp_path / "keywords", **chosen, **more)
@@ -125,8 +126,8 @@ def test_what_a_function_has_no_use_for_is_refused(name: str, field: str, tmp_pa
     else:
         assert isinstance(caught.value, surgery.SourceError)
     assert (name, field) in {
-        *(("spectra", one) for one in ("rank", "energy", "max_rank", "correction")),
-        *(("recommend", one) for one in ("rank", "energy", "max_rank", "correction", "split")),
+        *(("spectra", one) for one in ("rank", "energy", "max_rank", "correction", "prove")),
+        *(("recommend", one) for one in ("rank", "energy", "max_rank", "correction", "split", "prove")),
     } or not has_no_use
 
 
@@ -200,7 +201,7 @@ def test_the_command_line_fills_one() -> None:
 
     assert run() == {"options": Options(), "other": None}
     words = "--rank 3 --energy 0.5 --max-rank 5 --recipe attention --split --no-correction --include *.q_proj.weight"
-    words += " --include *.k_proj.weight --exclude *.k_proj.weight --seed 7 --tolerance 1e-4 --other x"
+    words += " --include *.k_proj.weight --exclude *.k_proj.weight --seed 7 --tolerance 1e-4 --prove --other x"
     assert run(*words.split()) == {"options": Options(**SET), "other": "x"}
     page = CliRunner().invoke(command, ["--help"]).output
     assert "other words" in page
@@ -209,10 +210,22 @@ def test_the_command_line_fills_one() -> None:
 
 def test_what_the_command_line_records(llama: Path, tmp_path: Path) -> None:
     """The same as the function with the same options."""
-    words = ["--rank", "3", "--recipe", "attention", "--exclude", "*.k_proj.weight", "--seed", "7", "--tolerance", "1e-4"]
+    words = [
+        "--rank",
+        "3",
+        "--recipe",
+        "attention",
+        "--exclude",
+        "*.k_proj.weight",
+        "--seed",
+        "7",
+        "--tolerance",
+        "1e-4",
+        "--prove",
+    ]
     done = CliRunner().invoke(main, ["factorize", str(llama), "-o", str(tmp_path / "f"), *words])
     assert done.exit_code == 0, done.output
-    options = Options(rank=3, recipe="attention", exclude=("*.k_proj.weight",), seed=7, tolerance=1e-4)
+    options = Options(rank=3, recipe="attention", exclude=("*.k_proj.weight",), seed=7, tolerance=1e-4, prove=True)
     assert surgery.Manifest.read(tmp_path / "f").options == options
     surgery.factorize(llama, tmp_path / "g", options=options)
     assert files_of(tmp_path / "f") == files_of(tmp_path / "g")

@@ -19,11 +19,7 @@ from hypothesis import strategies as st
 
 from surgery.errors import WeightError
 from surgery.linalg.svd import truncated_svd
-from surgery.lossless import blocks
-from surgery.lossless import join as joining
-from surgery.lossless import split as splitting
-from surgery.lossless import update as updating
-from surgery.lossless.correction import CorruptCorrection, _inflate, differences
+from surgery.lossless.correction import CorruptCorrection, _inflate
 from surgery.lossless.factors import Factors
 from surgery.lossless.integers import portable_product
 from surgery.lossless.join import join
@@ -407,41 +403,6 @@ def test_thread_count_does_not_matter(dtype: torch.dtype, train: Train) -> None:
     for other in results[1:]:
         for a, b in zip(results[0], other, strict=True):
             assert torch.equal(a, b)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_device_that_takes_many_blocks_at_a_time_writes_the_same_bytes(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What a GPU does, many blocks at a time, done on the CPU."""
-    weight = realistic(900, 700).to(dtype)
-    factors = _factors(weight, 16)
-    expected = _split(weight, factors)
-    monkeypatch.setattr(blocks, "DEVICE_BLOCKS", 3)
-    for_each = blocks.for_each
-    for module in (joining, splitting, updating):
-        monkeypatch.setattr(module, "for_each", lambda work, m, step, _: for_each(work, m, step, torch.device("cuda")))
-    residual, correction = _split(weight, factors)
-    assert torch.equal(_bits(residual), _bits(expected[0]))
-    assert torch.equal(correction, expected[1])
-    assert torch.equal(_bits(join(residual, factors, correction)[0]), _bits(weight))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_a_device_finds_the_same_differences(dtype: torch.dtype) -> None:
-    """The search that a GPU does, done on the CPU."""
-    generator = torch.Generator().manual_seed(0)
-    exact = _bits(realistic(50, 30).to(dtype))
-    guess = exact + torch.randint(-300, 300, exact.shape, generator=generator).to(exact) * (
-        torch.rand(exact.shape, generator=generator) < 0.1
-    )
-    found = splitting._differences_by_device(exact, guess, 7)
-    expected = [differences(exact[i : i + 7].numpy().ravel(), guess[i : i + 7].numpy().ravel()) for i in range(0, 50, 7)]
-    assert len(found) == len(expected) == 8
-    assert sum(len(values) for _, values in found) > 50
-    for (mask, values), (other_mask, other_values) in zip(found, expected, strict=True):
-        assert np.array_equal(mask, other_mask)
-        assert np.array_equal(values, other_values)
 
 
 def test_correction_is_small() -> None:

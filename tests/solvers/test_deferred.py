@@ -8,9 +8,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from surgery.linalg.svd import prepared, truncated_svds
+from surgery.linalg.preparation import prepared
+from surgery.linalg.svd import truncated_svds
 from surgery.precision import full_precision
-from surgery.solvers.deferred import DeferredBasis, krylov_basis
+from surgery.solvers.deferred import DeferredBasis
+from surgery.solvers.lanczos import krylov_basis
 from surgery.solvers.operator import Operator
 from tests.linalg.test_svd import MATRICES, check
 from tests.models import realistic

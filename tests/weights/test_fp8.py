@@ -18,24 +18,10 @@ from surgery.errors import FormatError, OptionError, OutputError, SourceError, W
 from surgery.names import Train
 from surgery.progress import Silent
 from tests.families import FAMILIES
+from tests.fp8_models import BLOCK, quantize_model, scales_by_hand
 from tests.models import files_of, planned, tensors_of
 from tests.quantized.fp8 import block_scales, dequantize, quantize
 from tests.releases import needs, writes_e8m0
-
-BLOCK = (16, 16)
-
-
-def _scales(weight: torch.Tensor, block: tuple[int, int], *, powers_of_two: bool) -> torch.Tensor:
-    """One by one, from the format's description."""
-    *stack, m, n = weight.shape
-    rows, columns = -(-m // block[0]), -(-n // block[1])
-    scales = torch.empty(*stack, rows, columns)
-    for i in range(rows):
-        for j in range(columns):
-            part = weight[..., i * block[0] : (i + 1) * block[0], j * block[1] : (j + 1) * block[1]].float()
-            scale = part.abs().amax((-2, -1)) / 448
-            scales[..., i, j] = torch.exp2(torch.ceil(torch.log2(scale))) if powers_of_two else scale
-    return scales.to(torch.float8_e8m0fnu) if powers_of_two else scales
 
 
 def _dense(q: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
@@ -43,49 +29,6 @@ def _dense(q: torch.Tensor, scales: torch.Tensor, block: tuple[int, int]) -> tor
     m, n = q.shape[-2:]
     i, j = torch.arange(m) // block[0], torch.arange(n) // block[1]
     return q.float() * scales.float()[..., i[:, None], j[None, :]]
-
-
-def quantize_model(
-    source: Path,
-    folder: Path,
-    *,
-    block: tuple[int, int] = BLOCK,
-    powers_of_two: bool = False,
-    apart: bool = False,
-    which: Callable[[str], bool] = lambda name: "layers" in name and name.endswith(("_proj.weight", "_proj")),
-) -> Path:
-    """An FP8 copy of a model; ``apart`` puts the scales into a shard of their own."""
-    folder.mkdir(parents=True)
-    weights: dict[str, torch.Tensor] = {}
-    scales: dict[str, torch.Tensor] = {}
-    for name, tensor in tensors_of(source).items():
-        if not which(name):
-            weights[name] = tensor.to(torch.bfloat16)
-            continue
-        scale = _scales(tensor, block, powers_of_two=powers_of_two)
-        m, n = tensor.shape[-2:]
-        spread = scale.float()[..., (torch.arange(m) // block[0])[:, None], (torch.arange(n) // block[1])[None, :]]
-        weights[name] = (tensor.float() / spread).clamp(-448, 448).to(torch.float8_e4m3fn)
-        scales[f"{name}_scale_inv"] = scale
-    config = json.loads((source / "config.json").read_text())
-    config["dtype"] = "bfloat16"
-    config["quantization_config"] = {
-        "quant_method": "fp8",
-        "fmt": "e4m3",
-        "activation_scheme": "dynamic",
-        "weight_block_size": list(block),
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2))
-    if not apart:
-        save_file({**weights, **scales}, folder / "model.safetensors", metadata={"format": "pt"})
-        return folder
-    # The scales come first, so that they are met before the weights that they belong to.
-    shards = {"model-00001-of-00002.safetensors": scales, "model-00002-of-00002.safetensors": weights}
-    for file, tensors in shards.items():
-        save_file(tensors, folder / file, metadata={"format": "pt"})
-    index = {"metadata": {}, "weight_map": {name: file for file, tensors in shards.items() for name in tensors}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    return folder
 
 
 def _folded(tmp_path: Path, base: Path, scales: Any, name: str, **options: Any) -> Path:
@@ -116,7 +59,7 @@ def _change(factors: dict[str, torch.Tensor], key: str, trained: torch.Tensor, t
 def test_arithmetic(shape: tuple[int, ...], powers_of_two: bool) -> None:
     """Blocks cut off at the edges, stacks, both kinds of scales."""
     weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 2, shape[-1])
-    expected = _scales(weight, BLOCK, powers_of_two=powers_of_two)
+    expected = scales_by_hand(weight, BLOCK, powers_of_two=powers_of_two)
     scales = block_scales(weight, BLOCK, expected)
     assert scales.dtype == expected.dtype
     assert torch.equal(scales.float(), expected.float())
@@ -181,7 +124,7 @@ def test_there_and_back(name: str, powers_of_two: bool, apart: bool, train: Trai
             continue
         change = _change(factors, target.key, scales[target.key], train)
         wanted = (_dense(q, scale, block).double() + change).float()
-        fresh = _scales(wanted, block, powers_of_two=powers_of_two)
+        fresh = scales_by_hand(wanted, block, powers_of_two=powers_of_two)
         if target.view == "stack":
             wanted[1], fresh[1] = _dense(q, scale, block)[1], scale[1]
             assert torch.equal(q[1].view(torch.uint8), new_q[1].view(torch.uint8))
