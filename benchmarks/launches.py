@@ -1,6 +1,6 @@
 """How often a truncated SVD on a GPU launches something there and waits for it, counted on a pretended device.
 
-    python benchmarks/launches.py            batches of 1 to 16 matrices, k = 16 and 64, both iterations (two minutes)
+    python benchmarks/launches.py            batches of 1 to 16 matrices, k = 16 and 64, both iterations (minutes)
 
 A launch takes the host some microseconds, and a wait leaves the device without work until the host has answered. Counts are
 those of torch's operations, not of kernels: a Cholesky factorization is one, and several kernels. They say nothing of the time
