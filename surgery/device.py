@@ -105,6 +105,20 @@ def as_memory_allows(
     return compute(items, torch.device("cpu"))
 
 
+def downloaded(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Copies on the CPU of tensors of one device, all in one transfer, so that the program waits once; those there as they are.
+
+    Numbers of several dtypes go through one that holds them all: none of these is of more bits than float64 has.
+    """
+    away = [x for x in tensors if x.device.type != "cpu"]
+    if not away:
+        return list(tensors)
+    together = torch.cat([x.reshape(-1) for x in away]).cpu()
+    parts = torch.split(together, [x.numel() for x in away])
+    fetched = iter([part.view(x.shape).to(x.dtype) for part, x in zip(parts, away, strict=True)])
+    return [x if x.device.type == "cpu" else next(fetched) for x in tensors]
+
+
 def on_its_own_terms(function: Callable[_Arguments, _Out]) -> Callable[_Arguments, _Out]:
     """Decorator for public functions, which makes them independent of the caller's settings.
 

@@ -13,7 +13,7 @@ from surgery.errors import OptionError
 from surgery.linalg.energy import FIRST_RANK, least_rank
 from surgery.linalg.floor import remainder, remainder_bytes
 from surgery.linalg.nearly_best import Goal, NearlyBest, Rule, nearly_best
-from surgery.linalg.prepared import prepared
+from surgery.linalg.preparation import prepared
 from surgery.linalg.svd import check_batch, in_range, pair_signs, solved_in_parts
 from surgery.lossless.rounding import check_dense
 from surgery.solvers.limits import DEFAULT_EXCESS, DEFAULT_TOLERANCE, check_accuracy, check_energy, check_excess, check_max_rank

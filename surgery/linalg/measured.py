@@ -24,7 +24,8 @@ from surgery.lossless.factors import Factors
 from surgery.lossless.rounding import times_power_of_two
 from surgery.memory import scratch
 from surgery.precision import full_precision
-from surgery.solvers.lanczos import MAX_PASSES, KrylovBasis
+from surgery.solvers.krylov import KrylovBasis
+from surgery.solvers.lanczos import MAX_PASSES
 from surgery.solvers.operator import Operator, wide_device, widened, widened_bytes
 from surgery.solvers.product import leading_dimension
 from surgery.solvers.triplets import allowed_residuals, engine, residuals_of

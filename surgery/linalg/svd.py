@@ -12,7 +12,7 @@ import torch
 
 from surgery.device import as_memory_allows, on_its_own_terms
 from surgery.errors import OptionError, WeightError
-from surgery.linalg.prepared import Prepared, prepared
+from surgery.linalg.preparation import Prepared, prepared
 from surgery.linalg.proof import prove_top_k
 from surgery.linalg.top_k import NOTHING_ELSE, TopK, top_k_of
 from surgery.lossless.rounding import check_dense, times_power_of_two
@@ -218,8 +218,8 @@ def _solve(A: torch.Tensor, k: int, tolerance: float, seed: int, *, prove: bool)
     ready = prepared(A)
     results: list[TruncatedSVD | None] = [None] * len(A)
     if ready.nonzero:
-        for j, solution in enumerate(solve(ready.operator, k, tolerance, seed)):
-            found = _finished(ready.operator, solution, ready.norms[j], ready.exponents[j], tolerance)
+        solutions = solve(ready.operator, k, tolerance, seed)
+        for j, found in enumerate(_finished(ready.operator, solutions, ready.norms, ready.exponents, tolerance)):
             results[ready.nonzero[j]] = _proven(ready, j, found, tolerance, seed) if prove else found
     dtype = ready.operator.matrices.dtype
     return [_zero(A[i], dtype, k) if result is None else result for i, result in enumerate(results)]
@@ -230,12 +230,12 @@ def _proven(ready: Prepared, j: int, found: TruncatedSVD, tolerance: float, seed
 
     The first ones may have missed a direction, by chance or because the matrix was made around them.
     """
-    operator, norm, shift = ready.operator.one(j), ready.norms[j], ready.exponents[j]
+    operator, norm, shift = ready.operator.one(j), ready.norms[j : j + 1], ready.exponents[j : j + 1]
     for other in range(_TRIES):
         if other:
             operator.passes = int(found.certificate.passes)
-            solution = solve(operator, found.s.shape[0], tolerance, seed ^ other << _OTHER_SEED)[0]
-            found = _finished(operator, solution, norm, shift, tolerance)
+            solutions = solve(operator, found.s.shape[0], tolerance, seed ^ other << _OTHER_SEED)
+            (found,) = _finished(operator, solutions, norm, shift, tolerance)
         s = times_power_of_two(found.s.cpu().double(), -int(shift))
         top_k = prove_top_k(operator.matrices[0], found.U, s, found.V, found.certificate.residual)
         if top_k.verdict == "proven" or found.certificate.method == "svd":
@@ -264,34 +264,52 @@ def _zero(matrix: torch.Tensor, dtype: torch.dtype, k: int) -> TruncatedSVD:
 
 
 def _finished(
-    operator: Operator, solution: Solution, norm: torch.Tensor, shift: torch.Tensor, tolerance: float
-) -> TruncatedSVD:
-    """The SVD of one matrix that has been divided by ``2^shift``; its ``norm`` is that of what was divided."""
+    operator: Operator, solutions: Sequence[Solution], norms: torch.Tensor, shifts: torch.Tensor, tolerance: float
+) -> list[TruncatedSVD]:
+    """The SVDs of matrices that have been divided by ``2^shift``; their ``norms`` are those of what was divided."""
+    long = torch.stack([solution.triplets.long for solution in solutions])
+    short = torch.stack([solution.triplets.short for solution in solutions])
+    U, V = (short, long) if operator.wide else (long, short)
+    sign = pair_signs(U, V)[:, None]
+    U, V = U * sign, V * sign
+    scaled = [in_range(one.triplets.s, int(shift), U.dtype) for one, shift in zip(solutions, shifts, strict=True)]
+    s = torch.stack(scaled).to(U.device, non_blocking=True)
+    return [
+        TruncatedSVD(
+            U[i],
+            s[i],
+            V[i],
+            times_power_of_two(norms[i], int(shifts[i])),
+            _certificate(operator, solution, times_power_of_two(scaled[i].double(), -int(shifts[i])), norms[i], tolerance),
+        )
+        for i, solution in enumerate(solutions)
+    ]
+
+
+def _certificate(
+    operator: Operator, solution: Solution, rounded: torch.Tensor, norm: torch.Tensor, tolerance: float
+) -> Certificate:
+    """The certificate of one matrix.
+
+    Args:
+        rounded: float64 (k,), the values as they are returned, but for the shift.
+        norm: of the matrix.
+    """
     triplets = solution.triplets
-    U, V = (triplets.short, triplets.long) if operator.wide else (triplets.long, triplets.short)
-    sign = pair_signs(U, V)
-    s = triplets.s
-    values = in_range(s, int(shift), U.dtype)
+    s, eps = triplets.s, torch.finfo(triplets.long.dtype).eps
     top = s[0].clamp(min=1e-300)
     # Values below the normal range have few bits left, so their rounding is added to the residual.
-    rounded = times_power_of_two(values.double(), -int(shift))
     triplets = dataclasses.replace(triplets, residual=triplets.residual + (rounded - s).abs() / top)
     residual = triplets.residual + _MEASURED * max(1.0, norm.item() / top.item())
     gap = _gaps(s / top, residual, triplets.next_bound / top.item(), operator)
-    return TruncatedSVD(
-        U * sign,
-        values.to(U.device),
-        V * sign,
-        times_power_of_two(norm, int(shift)),
-        Certificate(
-            residual=residual,
-            gap=gap,
-            angle_bound=(residual / gap.clamp(min=1e-300)).clamp(max=1.0),
-            converged=torch.tensor(triplets.converged(tolerance)),
-            passes=torch.tensor(solution.passes),
-            method=solution.method,
-            top_k=top_k_of(solution.search, rounded, operator.short, torch.finfo(U.dtype).eps),
-        ),
+    return Certificate(
+        residual=residual,
+        gap=gap,
+        angle_bound=(residual / gap.clamp(min=1e-300)).clamp(max=1.0),
+        converged=torch.tensor(triplets.converged(tolerance)),
+        passes=torch.tensor(solution.passes),
+        method=solution.method,
+        top_k=top_k_of(solution.search, rounded, operator.short, eps),
     )
 
 
@@ -326,12 +344,10 @@ def _gaps(s: torch.Tensor, residual: torch.Tensor, next_bound: float, operator: 
 
 
 def pair_signs(U: torch.Tensor, V: torch.Tensor) -> torch.Tensor:
-    """Signs +-1, (k,), that make the entry of largest magnitude in each pair of columns positive.
+    """Signs +-1, (..., k), that make the entry of largest magnitude in each pair of columns positive.
 
     Looking at both vectors gives a matrix and its transpose the same signs.
     """
-    columns = torch.arange(U.shape[1], device=U.device)
-    u = U[U.abs().argmax(dim=0), columns]
-    v = V[V.abs().argmax(dim=0), columns]
+    u, v = (X.gather(-2, X.abs().argmax(dim=-2, keepdim=True))[..., 0, :] for X in (U, V))
     decisive = torch.where(u.abs() >= v.abs(), u, v)
     return torch.where(decisive < 0, -1.0, 1.0).to(U.dtype)

@@ -13,15 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 
-from surgery.memory import scratch
-from surgery.solvers.operator import Operator, wide_device, widened
+from surgery.solvers.deferred import DeferredBasis
+from surgery.solvers.krylov import KrylovBasis
+from surgery.solvers.operator import Operator
 from surgery.solvers.product import LARGE
-from surgery.solvers.random import generator_of
-from surgery.solvers.repair import NOISE, repaired
 from surgery.solvers.search import Search
 from surgery.solvers.single import SingleBasis
 
@@ -112,8 +110,11 @@ def block_lanczos(
 
 
 def krylov_basis(operator: Operator, *, limit: int, block: int, seed: int) -> KrylovBasis | SingleBasis:
-    """An empty Krylov basis for the matrices of an operator: for one matrix on a CPU that which is made for it."""
-    kind = SingleBasis if len(operator) == 1 and operator.matrices.device.type == "cpu" else KrylovBasis
+    """An empty Krylov basis for the matrices of an operator: that which is made for one on a CPU, or for float32 on a GPU."""
+    device, dtype = operator.matrices.device.type, operator.matrices.dtype
+    if device == "cuda" and dtype == torch.float32:
+        return DeferredBasis(operator, limit=limit, block=block, seed=seed)
+    kind = SingleBasis if len(operator) == 1 and device == "cpu" else KrylovBasis
     return kind(operator, limit=limit, block=block, seed=seed)
 
 
@@ -129,7 +130,8 @@ def iterate(basis: KrylovBasis | SingleBasis, k: int, far: Callable[[torch.Tenso
     keep = kept_rows(k, basis.block)
     last_pass = basis.operator.passes + MAX_PASSES
     matrices = basis.operator.matrices
-    checks = _CheckSchedule(cheap_steps=matrices.device.type == "cpu" and matrices.numel() < LARGE)
+    on_gpu = matrices.device.type != "cpu"
+    checks = _CheckSchedule(share=0.7 if on_gpu else 0.4, cheap_steps=on_gpu or matrices.numel() < LARGE)
     while True:
         basis.step()
         last = basis.operator.passes + 2 > last_pass
@@ -168,10 +170,13 @@ class _CheckSchedule:
     """Decides after which steps to compute the residuals, since that takes an eigenproblem.
 
     Args:
+        share: of the steps that the residuals' decay asks for, after which to look again: the decay becomes faster and
+            faster. On a GPU, where the host solves the eigenproblem, rather a step too many than a look too many.
         cheap_steps: whether a step too many costs no more than an eigenproblem too many.
     """
 
-    def __init__(self, *, cheap_steps: bool) -> None:
+    def __init__(self, *, share: float, cheap_steps: bool) -> None:
+        self._share = share
         self._rounded = math.ceil if cheap_steps else math.floor
         self._steps = 0
         self._next = 4
@@ -186,152 +191,6 @@ class _CheckSchedule:
         wait = math.log(worst) / math.log(_STEEPEST)
         if self._seen is not None and worst < self._seen[1]:
             decay = math.log(self._seen[1] / worst) / (self._steps - self._seen[0])
-            wait = max(wait, 0.4 * math.log(worst) / decay)  # the decay becomes faster and faster
+            wait = max(wait, self._share * math.log(worst) / decay)
         self._seen = (self._steps, worst)
         self._next = self._steps + max(1, min(8, self._rounded(wait)))
-
-
-class KrylovBasis:
-    """Orthonormal bases of Krylov spaces, their images, and the projections of C on them."""
-
-    def __init__(self, operator: Operator, *, limit: int, block: int, seed: int) -> None:
-        self.operator = operator
-        self.block = block
-        matrices = operator.matrices
-        count = len(operator)
-        self.limit = min(limit, operator.short)
-        rows = self.limit + block
-        self._rows = scratch("basis", (count, rows, operator.short), matrices.dtype, matrices.device)
-        self._images = scratch("images", (count, self.limit, operator.long), matrices.dtype, matrices.device)
-        self._wide = wide_device(matrices)
-        self._projected = torch.zeros(count, rows, rows, dtype=torch.float64, device=self._wide)
-        self._coupling = torch.zeros(count, 0, 0, dtype=torch.float64, device=self._wide)
-        self._top = torch.zeros(count, 1, dtype=torch.float64, device=self._wide)  # longest image so far
-        # One generator for each matrix: its random rows must not depend on the other matrices of the batch.
-        self._generators = [generator_of(seed) for _ in range(count)]
-        self.size = 0  # rows already multiplied by C
-        self._pending = 0  # orthonormal rows behind them, yet to be multiplied
-        self._last = 0  # rows multiplied in the last step
-        self._steps = 0  # before the first restart
-        self._whole = True  # nothing has been let go of by a restart
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether the basis spans the whole space, so that nothing is left to find."""
-        return self._pending == 0
-
-    @property
-    def search(self) -> Search:
-        """What it has gone through, if it began with random rows alone."""
-        return Search(min(self.block, self.limit), self._steps)
-
-    def begin(self, start: torch.Tensor | None) -> None:
-        """Begin with ``start`` and random rows after it. The order is kept: mixing rows would lose small values in rounding."""
-        width = min(self.block, self.limit) - (0 if start is None else start.shape[1])
-        more = torch.stack([self._random(i, width) for i in range(len(self.operator))])
-        start = more if start is None else torch.cat([start, more], dim=1)
-        self._append(start, torch.zeros(start.shape[:2], dtype=torch.float64, device=self._wide))
-
-    def step(self) -> None:
-        """Multiply the pending rows by C and orthonormalise the result into the next ones."""
-        first, stop = self.size, self.size + self._pending
-        images = self.operator.to_long(self._rows[:, first:stop])
-        self._images[:, first:stop] = images
-        products = self.operator.to_short(images)
-        self.size, self._last = stop, self._pending
-        self._steps += self._whole
-        known = self._rows[:, :stop]
-        coefficients = torch.bmm(products, known.mT)
-        products = torch.baddbmm(products, coefficients, known, alpha=-1)
-        projected = widened(coefficients)
-        # The diagonal holds the squared lengths of the images. The rounding error of a product is proportional to the
-        # length of its own image and to the norm of B.
-        lengths = projected.diagonal(first, 1, 2).clamp(min=0).sqrt()
-        self._top = torch.maximum(self._top, lengths.amax(dim=1, keepdim=True))
-        noise = NOISE * self._top * lengths
-        # Only the lower triangle is set, since eigh reads nothing else.
-        self._projected[:, first:stop, :stop] = projected + self._append(products, noise)
-
-    def ritz(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Ritz values (B, size), descending, their coefficients (columns) and residual norms; float64, on the CPU."""
-        values, vectors = torch.linalg.eigh(self._projected[:, : self.size, : self.size].cpu())
-        values, vectors = values.flip(1), vectors.flip(2)
-        residuals = (self._coupling.cpu().mT @ vectors[:, self.size - self._last :]).norm(dim=1)
-        return values, vectors, residuals
-
-    def combine(self, coefficients: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """(B, size, c) coefficients -> (B, c, short) rows and (B, c, long) images."""
-        turned = coefficients.mT.to(self._rows.dtype).to(self._rows.device)
-        return turned @ self._rows[:, : self.size], turned @ self._images[:, : self.size]
-
-    def restart(self, values: torch.Tensor, vectors: torch.Tensor, keep: int) -> None:
-        """Shrink the basis to its leading Ritz vectors and go on from the pending rows."""
-        pending = self._rows[:, self.size : self.size + self._pending].clone()
-        self._rows[:, :keep], self._images[:, :keep] = self.combine(vectors[:, :, :keep])
-        self._projected.zero_()
-        self._whole = False
-        self._projected.diagonal(0, 1, 2)[:, :keep] = values[:, :keep]
-        self.size = keep
-        self._append(pending, torch.zeros(pending.shape[:2], dtype=torch.float64, device=self._wide))
-
-    def _append(self, rows: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-        """Orthonormalise ``rows`` (B, b, short), nearly free of the basis, and store them as the next block.
-
-        A direction no longer than the ``noise`` (B, b) of its row is rounding error. Such directions are replaced by
-        random ones, so that the block keeps its width and finds copies of a repeated value; their coupling to the
-        previous block is zero.
-
-        Returns:
-            float64 (B, b, size), the coefficients of that part of ``rows`` that was still in the basis.
-        """
-        room = min(self.block, self.operator.short - self.size)
-        known = self._rows[:, : self.size]
-        self._pending = room
-        if rows.shape[1] == room:
-            block, coupling, still, sound = _orthonormalised(rows, known, noise)
-        else:
-            count, width, short = rows.shape
-            block, sound = rows.new_empty(count, room, short), [room == 0] * count
-            coupling = torch.zeros(count, width, room, dtype=torch.float64, device=self._wide)
-            still = torch.zeros(count, width, self.size, dtype=torch.float64, device=self._wide)
-        for i, done in enumerate(sound):
-            if not done:
-                block[i], coupling[i] = repaired(rows[i], noise[i], known[i], room, partial(self._random, i))
-                still[i] = 0
-        self._rows[:, self.size : self.size + room] = block
-        self._coupling = coupling
-        return still
-
-    def _random(self, i: int, count: int) -> torch.Tensor:
-        rows = torch.randn(count, self.operator.short, generator=self._generators[i], dtype=torch.float32)
-        rows /= rows.norm(dim=1, keepdim=True)
-        return rows.to(self._rows)
-
-
-def _orthonormalised(
-    rows: torch.Tensor, known: torch.Tensor, noise: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[bool]]:
-    """Orthonormalise rows (B, b, short) by Cholesky QR, twice with a projection between; they must be well conditioned.
-
-    Returns:
-        orthonormal rows (B, b, short); float64 coupling (B, b, b) and ``still`` (B, b, size) with
-        ``rows = coupling rows' + still known``; for each matrix, whether that worked.
-    """
-    wide = widened(rows)
-    factor, info = torch.linalg.cholesky_ex(torch.bmm(wide, wide.mT))
-    # Each entry of the diagonal is the length of a row outside the span of those before it.
-    sound = (info == 0) & (factor.diagonal(0, 1, 2) > noise).all(dim=1)
-    eye = torch.eye(factor.shape[1], dtype=torch.float64, device=factor.device).expand_as(factor)
-    if not (all_sound := bool(sound.all())):
-        factor = torch.where(sound[:, None, None], factor, eye)
-    # In float64: the inverse of an ill-conditioned factor would magnify the rounding of a float32 product.
-    inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
-    block = torch.bmm(inverse, wide).to(rows)
-    again = torch.bmm(block, known.mT)
-    block = torch.baddbmm(block, again, known, alpha=-1)
-    wide = widened(block)
-    root, info = torch.linalg.cholesky_ex(torch.bmm(wide, wide.mT))
-    sound &= info == 0
-    block = torch.bmm(torch.linalg.solve_triangular(root, eye, upper=False).to(rows), block)
-    outcome = [True] * len(rows) if all_sound and not info.any() else sound.tolist()
-    return block, torch.bmm(factor, root), torch.bmm(factor, widened(again)), outcome

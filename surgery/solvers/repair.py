@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 
+from surgery.solvers.dense import eigh
 from surgery.solvers.operator import widened
 
 #: A direction is noise if its part outside the basis is below this multiple of the norm of B times its image's length.
@@ -31,7 +32,7 @@ def repaired(
     # In units of each row's noise, so that a row with much noise does not hide the others.
     unit = torch.where(noise > 0, noise, 1.0)
     wide = wide / unit[:, None]
-    values, vectors = torch.linalg.eigh(wide @ wide.T)
+    values, vectors = eigh(wide @ wide.T)
     lengths = values.clamp(min=0).sqrt()
     least = max(1.0 if noise.any() else 0.0, 1e-14 * lengths.max().item())
     kept = (lengths > least).nonzero().flatten().flip(0)[:room]
@@ -39,7 +40,7 @@ def repaired(
     block = ((vectors[:, kept] / lengths[kept]).T @ wide).to(rows.dtype).to(rows.device)
     if len(kept) < room:
         coupling = torch.nn.functional.pad(coupling, (0, room - len(kept)))
-        block = torch.cat([block, random(room - len(kept))])
+        block = torch.cat([block, random(room - len(kept)).to(block)])
     for _ in range(2):
         # Cholesky keeps the order of the rows and hardly changes the first ones, so the coupling stays valid.
         block = block - (block @ known.T) @ known
@@ -55,6 +56,6 @@ def _inverse_root(gram: torch.Tensor) -> torch.Tensor:
         eye = torch.eye(len(factor), dtype=torch.float64, device=gram.device)
         inverse: torch.Tensor = torch.linalg.solve_triangular(factor, eye, upper=False)
     else:
-        values, vectors = torch.linalg.eigh(gram)
+        values, vectors = eigh(gram)
         inverse = (vectors / values.clamp(min=1e-14 * values[-1].item()).sqrt()).T
     return inverse

@@ -1,6 +1,6 @@
 """The Krylov basis of one matrix on a CPU.
 
-What ``surgery.solvers.lanczos.KrylovBasis`` does for a batch, with fewer and smaller operations: the products of a step with a
+What ``surgery.solvers.krylov.KrylovBasis`` does for a batch, with fewer and smaller operations: the products of a step with a
 matrix of a million entries take half a millisecond, an operation of torch some microseconds whatever its size.
 """
 
@@ -11,6 +11,7 @@ import math
 import torch
 
 from surgery.memory import scratch
+from surgery.solvers.dense import eigh
 from surgery.solvers.operator import Operator
 from surgery.solvers.random import generator_of
 from surgery.solvers.repair import NOISE, repaired
@@ -95,7 +96,7 @@ class SingleBasis:
 
     def ritz(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Ritz values (1, size), descending, their coefficients (columns) and residual norms; float64."""
-        values, vectors = torch.linalg.eigh(self._projected[None, : self.size, : self.size])
+        values, vectors = eigh(self._projected[None, : self.size, : self.size])
         values, vectors = values.flip(1), vectors.flip(2)
         residuals = (self._coupling.T @ vectors[:, self.size - self._last :]).norm(dim=1)
         return values, vectors, residuals

@@ -11,6 +11,8 @@ import math
 
 import torch
 
+from surgery.device import downloaded
+from surgery.solvers.dense import eigh, eigh_on_host
 from surgery.solvers.lanczos import BEYOND_RESIDUAL
 from surgery.solvers.operator import widened
 from surgery.solvers.orthonormal import orthonormal_rows
@@ -72,12 +74,7 @@ def _decompose(G: torch.Tensor, which: range | list[int], k: int) -> tuple[torch
 
     def one(i: int) -> tuple[torch.Tensor, torch.Tensor]:
         wide = widened(G[i])
-        symmetric = (wide + wide.T) / 2
-        try:
-            values, vectors = torch.linalg.eigh(symmetric)
-        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # not in its list of names
-            # LAPACK's eigh fails on some graded matrices; its SVD finds the same vectors.
-            vectors, values, _ = (part.flip(-1) for part in torch.linalg.svd(symmetric))
+        values, vectors = eigh((wide + wide.T) / 2)
         return vectors.T[-k:].flip(0), torch.cat([values.flip(0), values.new_zeros(1)])[: k + 1]
 
     workers = min(len(which), torch.get_num_threads()) if G.device.type == "cpu" else 1
@@ -86,7 +83,7 @@ def _decompose(G: torch.Tensor, which: range | list[int], k: int) -> tuple[torch
             found = list(pool.map(one, which))
     else:
         found = [one(i) for i in which]
-    return torch.stack([rows for rows, _ in found]).to(G), torch.stack([values for _, values in found])
+    return torch.stack([rows for rows, _ in found]).to(G), torch.stack([values for _, values in found]).cpu()
 
 
 def _iterate(
@@ -96,26 +93,28 @@ def _iterate(
     count, n = G.shape[:2]
     floor, visible = _FLOOR[G.dtype], _VISIBLE[G.dtype]
     rows = G.new_empty(count, k, n)
-    found = torch.empty(count, k + 1, dtype=torch.float64, device=widened(G[:, :1, :1]).device)
+    found = torch.empty(count, k + 1, dtype=torch.float64)
     settled = [False] * count
     filters: list[list[tuple[float, int]]] = [[] for _ in range(count)]
     generator = generator_of(seed)
-    start = torch.randn(width, n, generator=generator, dtype=torch.float32).to(G)
+    start = torch.randn(width, n, generator=generator, dtype=torch.float32).to(G.dtype).to(G.device, non_blocking=True)
     block = orthonormal_rows(widened(start @ G @ G)).to(G)
     active, before = list(range(count)), [float("inf")] * count
     for round_number in range(_MAX_ROUNDS):
         images = torch.bmm(block, G)
-        values, turn = torch.linalg.eigh(torch.bmm(widened(images), widened(block).mT))
-        values, turn = values.flip(1), turn.mT.flip(1).to(G)
+        values, turn = eigh_on_host(torch.bmm(widened(images), widened(block).mT))
+        values = values.flip(1)
+        turn = turn.mT.flip(1).to(G.dtype).to(G.device, non_blocking=True)
         block, images = torch.bmm(turn, block), torch.bmm(turn, images)
         top, edge = values[:, :1], values[:, -1:]
         sigma = values[:, :k].clamp(min=0).sqrt()
         allowed = torch.minimum(tolerance * sigma[:, :1] * sigma, 100 * tolerance * values[:, :k])
         allowed = torch.maximum(allowed, floor * top)
-        lengths = widened((images[:, : k + 1] - block[:, : k + 1] * values[:, : k + 1, None].to(G)).norm(dim=2))
+        scales = values[:, : k + 1, None].to(G.dtype).to(G.device, non_blocking=True)
+        lengths = downloaded((images[:, : k + 1] - block[:, : k + 1] * scales).norm(dim=2))[0].double()
         worst = (lengths[:, :k] / allowed).amax(dim=1)
         degrees = _degrees(values, worst, k, edge, floor, _MAX_CONTRAST[G.dtype])
-        going = []
+        going, stopped = [], []
         told = torch.stack([worst, degrees.to(worst), edge[:, 0]], dim=1).tolist()
         for j, (i, (far, degree, low)) in enumerate(zip(active, told, strict=True)):
             settled[i] = far <= 1 and bool(values[j, k - 1] >= visible * values[j, 0])
@@ -124,15 +123,24 @@ def _iterate(
                 before[i] = far
                 filters[i].append((low, int(degree)))
             else:
-                rows[i], found[i] = block[j, :k], values[j, : k + 1]
+                stopped.append(j)
+                found[i] = values[j, : k + 1]
                 found[i, k] = (found[i, k] + BEYOND_RESIDUAL * lengths[j, k]).clamp(min=visible * values[j, 0])
+        if stopped:
+            into = _index([active[j] for j in stopped], G.device)
+            rows.index_copy_(0, into, block[:, :k].index_select(0, _index(stopped, G.device)))
         if not going:
             break
-        if len(going) < len(active):
-            active = [active[j] for j in going]
-            G, block, images, edge, degrees = (x[going] for x in (G, block, images, edge, degrees))
+        if stopped:
+            active, edge, degrees = [active[j] for j in going], edge[going], degrees[going]
+            G, block, images = (x.index_select(0, _index(going, G.device)) for x in (G, block, images))
         block = orthonormal_rows(widened(_filtered(G, block, images, edge, degrees))).to(G)
     return rows, found, filters, settled
+
+
+def _index(places: list[int], device: torch.device) -> torch.Tensor:
+    """As an index on a device, which the program does not wait for."""
+    return torch.tensor(places).to(device, non_blocking=True)
 
 
 def _degrees(
@@ -155,13 +163,26 @@ def _degrees(
 def _filtered(
     G: torch.Tensor, block: torch.Tensor, images: torch.Tensor, edge: torch.Tensor, degrees: torch.Tensor
 ) -> torch.Tensor:
-    """The Chebyshev polynomials that stay below one on [0, edge] applied to ``block``; ``images = block G``."""
-    half = (edge / 2).to(G)[:, :, None]
+    """The Chebyshev polynomials that stay below one on [0, edge] applied to ``block``; ``images = block G``.
+
+    Args:
+        G: (B, n, n); block, images (B, b, n), on its device.
+        edge: float64 (B, 1) on the CPU.
+        degrees: int (B,) on the CPU, 2 or more.
+    """
+    half = (edge / 2).to(G.dtype).to(G.device, non_blocking=True)[:, :, None]
     before, now = block, (images - half * block) / half
     final = now
     least, most = int(degrees.min()), int(degrees.max())
+    # Filters whose degree is reached are not changed any more: too high a degree would overflow.
+    growing = (degrees >= torch.arange(most + 1)[:, None]).to(G.device, non_blocking=True)[:, :, None, None]
+    if G.device.type != "cpu":  # a GPU would rather have one operation more on G than four on each of its products
+        turned = G / half
+        turned.diagonal(0, 1, 2).sub_(1)
     for degree in range(2, most + 1):
-        before, now = now, (torch.bmm(now, G) / half - now).mul_(2).sub_(before)
-        # Filters whose degree is reached are not changed any more: too high a degree would overflow.
-        final = now if degree <= least else torch.where((degrees >= degree).to(G.device)[:, None, None], now, final)
+        if G.device.type == "cpu":
+            before, now = now, (torch.bmm(now, G) / half - now).mul_(2).sub_(before)
+        else:
+            before, now = now, torch.baddbmm(before, now, turned, beta=-1, alpha=2)
+        final = now if degree <= least else torch.where(growing[degree], now, final)
     return final

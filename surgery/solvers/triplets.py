@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
+from surgery.device import downloaded
+from surgery.solvers.dense import svd, svd_on_host
 from surgery.solvers.lanczos import RitzVectors, basis_rows, block_lanczos, block_size
 from surgery.solvers.limits import ROUNDING
 from surgery.solvers.operator import Operator, widened, widened_bytes
-from surgery.solvers.orthonormal import orthonormal_rows
+from surgery.solvers.orthonormal import orthonormal_rows, orthonormal_together
 from surgery.solvers.product import leading_dimension
 from surgery.solvers.search import Decomposed, Search
 from surgery.solvers.subspace import leading_eigenvectors
@@ -214,21 +216,23 @@ def _from_gram(
 ) -> list[tuple[Triplets, Search | Decomposed]]:
     rows, values, searches = leading_eigenvectors(gram, k, tolerance=tolerance / 2, seed=seed)
     short = rows.to(operator.matrices.dtype).to(operator.matrices.device).contiguous()
-    ritz = RitzVectors(short, operator.to_long(short), values[:, -1].clamp(min=0).sqrt().cpu())
+    ritz = RitzVectors(short, operator.to_long(short), values[:, -1].clamp(min=0).sqrt())
     found = from_pairs(operator, ritz)
     for i, triplets in enumerate(found):
         if not triplets.converged(tolerance):
             found[i] = _from_rows(operator.one(i), rows[i], triplets.next_bound)
     # Any order of the sums in a Gram matrix: Higham, "Accuracy and Stability of Numerical Algorithms" (2002), section 3.5.
     error = operator.long * torch.finfo(gram.dtype).eps + operator.short * torch.finfo(torch.float64).eps
-    limits = (values[:, -1].clamp(min=0) + error * widened(gram.diagonal(0, 1, 2)).sum(dim=1)).sqrt().tolist()
+    (traces,) = downloaded(widened(gram.diagonal(0, 1, 2)).sum(dim=1))
+    limits = (values[:, -1].clamp(min=0) + error * traces).sqrt().tolist()
     return [(found[i], search or Decomposed(limits[i])) for i, search in enumerate(searches)]
 
 
 def _full_svd(operator: Operator, k: int) -> Solution:
     matrix = widened(operator.matrices[0])
     operator.passes += 1
-    left, s, right = torch.linalg.svd(matrix.T if operator.wide else matrix, full_matrices=False)
+    left, s, right = svd(matrix.T if operator.wide else matrix)
+    s = s.cpu()
     next_bound = s[k].item() + ROUNDING * torch.finfo(s.dtype).eps * s[0].item() if k < len(s) else 0.0
     short = right[None, :k].contiguous()
     long = left[None, :, :k].mT.contiguous()
@@ -239,9 +243,10 @@ def _full_svd(operator: Operator, k: int) -> Solution:
 
 def from_pairs(operator: Operator, ritz: RitzVectors) -> list[Triplets]:
     """Triplets by a Rayleigh-Ritz step in float64 with the spaces of both sides, in one pass over the matrices."""
-    short, long = orthonormal_rows(widened(ritz.rows)), orthonormal_rows(widened(ritz.images))
+    short, long = orthonormal_together(widened(ritz.rows), widened(ritz.images))
     to_long, to_short = operator.both_wide(short, long)
-    left, s, right = (part.to(long.device) for part in torch.linalg.svd(torch.bmm(long, to_long.mT).cpu()))
+    left, s, right = svd_on_host(torch.bmm(long, to_long.mT))
+    left, right = (part.to(long.device, non_blocking=True) for part in (left, right))
     wide = _WideTriplets(left.mT @ long, s, right @ short, right @ to_long, left.mT @ to_short)
     return _measured(operator, wide, ritz.next_bound.tolist())
 
@@ -251,7 +256,8 @@ def _from_rows(operator: Operator, rows: torch.Tensor, next_bound: float) -> Tri
     basis = orthonormal_rows(widened(rows)[None])
     images = operator.to_long_wide(basis)
     q, r = torch.linalg.qr(images[0].T)
-    left, s, right = (part.to(q.device) for part in torch.linalg.svd(r.cpu()))
+    left, s, right = svd(r.cpu())
+    left, right = left.to(q.device), right.to(q.device)
     long, short, to_long = (q @ left).T.contiguous()[None], right @ basis, right @ images
     wide = _WideTriplets(long, s[None], short, to_long, operator.to_short_wide(long))
     return _measured(operator, wide, [next_bound])[0]
@@ -263,7 +269,7 @@ class _WideTriplets:
 
     Attributes:
         long, short: (B, k, long), (B, k, short).
-        s: (B, k).
+        s: (B, k), on the CPU.
         to_long, to_short: the products of the matrices with ``short`` and ``long``.
     """
 
@@ -282,17 +288,20 @@ def _measured(operator: Operator, wide: _WideTriplets, next_bounds: Sequence[flo
     """
     long, s, short = wide.long, wide.s, wide.short
     matrices = operator.matrices
-    # The dtype first: not every device knows float64.
-    rounded_long, rounded_short = (vectors.to(matrices.dtype).to(matrices.device) for vectors in (long, short))
-    wide_long, wide_short = widened(rounded_long), widened(rounded_short)
+    rounded_long, rounded_short = long.to(matrices.dtype), short.to(matrices.dtype)
+    wide_long, wide_short = rounded_long.double(), rounded_short.double()
+    values = s.to(long.device, non_blocking=True)[:, :, None]
+    told = downloaded(
+        (wide.to_long - wide_long * values).norm(dim=2),
+        (wide.to_short - wide_short * values).norm(dim=2),
+        (wide_short - short).norm(dim=2),
+        (wide_long - long).norm(dim=2),
+    )
     top = s[:, :1].clamp(min=1e-300)
-    on_long = (wide.to_long - wide_long * s[:, :, None]).norm(dim=2) / top + (wide_short - short).norm(dim=2)
-    on_short = (wide.to_short - wide_short * s[:, :, None]).norm(dim=2) / top + (wide_long - long).norm(dim=2)
-    residual = torch.maximum(on_long, on_short).cpu()
-    return [
-        Triplets(rounded_long[i].T.contiguous(), s[i].cpu(), rounded_short[i].T.contiguous(), residual[i], value)
-        for i, value in enumerate(next_bounds)
-    ]
+    residual = torch.maximum(told[0] / top + told[2], told[1] / top + told[3])
+    # Rounded before they are moved: not every device knows float64.
+    U, V = (vectors.to(matrices.device).mT.contiguous() for vectors in (rounded_long, rounded_short))
+    return [Triplets(U[i], s[i], V[i], residual[i], value) for i, value in enumerate(next_bounds)]
 
 
 def residuals_of(A: torch.Tensor, U: torch.Tensor, s: torch.Tensor, V: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 import torch
 
-from surgery.linalg.prepared import in_working_precision
+from surgery.linalg.preparation import in_working_precision
 from surgery.linalg.svd import TruncatedSVD
 from surgery.lossless.rounding import times_power_of_two
 from surgery.precision import full_precision

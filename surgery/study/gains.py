@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from surgery.linalg.prepared import in_working_precision
+from surgery.linalg.preparation import in_working_precision
 from surgery.linalg.svd import truncated_svd
 from surgery.names import Train
 from surgery.precision import full_precision

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import surgery
 from surgery.errors import OptionError, WeightError
-from surgery.linalg import prepared, svd
+from surgery.linalg import preparation, svd
 from surgery.precision import full_precision
 from surgery.solvers import lanczos, triplets
 from surgery.solvers.product import leading_dimension
@@ -134,7 +134,7 @@ def test_rows_that_are_kept_further_apart(
     def used(purpose: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.full(tuple(shape), torch.nan, dtype=dtype, device=device)
 
-    monkeypatch.setattr(prepared, "scratch", used)
+    monkeypatch.setattr(preparation, "scratch", used)
     assert leading_dimension(*shape, torch.device("cpu")) > shape[1]
     A = (realistic(*shape) * scale).bfloat16()
     found = svd.truncated_svds(torch.stack([A, torch.zeros_like(A), -A]), 8)
