@@ -503,8 +503,8 @@ def late_gpu(
 
     Args:
         cards: the model of each.
-        fault: called with the name of each operation on a device, with ``pin`` for each pinned allocation and with ``stream``
-            for each stream; the error that it gives is raised in its place.
+        fault: called with the name of each operation on a device, but with ``to the host`` for a new copy there, with ``pin``
+            for each pinned allocation and with ``stream`` for each stream; the error that it gives is raised in its place.
         limits: ``largest``, bytes beyond which an allocation fails.
 
     Returns:
