@@ -168,6 +168,16 @@ def test_a_pinned_buffer_lent_again_too_early() -> None:
     assert target.cpu()[:: 1 << 17].tolist() == [first >> 16 for first in range(0, 8 << 20, 1 << 17)]
 
 
+def test_page_locked_memory_filled_again_too_early() -> None:
+    lent = torch.empty(1 << 17, dtype=torch.uint8, pin_memory=True).fill_(1)
+    there = lent.to(GPU, non_blocking=True)
+    with pytest.raises(Race, match="one stream reads, and the host writes"):
+        lent.fill_(2)
+    torch.cuda.synchronize()
+    lent.fill_(2)
+    assert there.sum().item() == 1 << 17
+
+
 def never_waits(patch: pytest.MonkeyPatch) -> None:
     for waiting in (Stream, Event):
         patch.setattr(waiting, "synchronize", lambda self: None)
