@@ -28,7 +28,7 @@ from surgery.cli.options import (
     stream_option,
     subfolder_option,
 )
-from surgery.cli.outcomes import top_k_text, trainable_text
+from surgery.cli.outcomes import device_text, top_k_text, trainable_text
 from surgery.cli.printing import print_json
 from surgery.cli.profile import profile_text
 from surgery.cli.report import plan_text
@@ -141,7 +141,7 @@ def factorize(
         say(
             f"{whole(out)}: {report.matrices} matrices at rank {_ranks(report.manifest)}, "
             f"{trainable_text(report.trainable, report.train)}, {size(report.bytes_written)} in {seconds:.1f} s "
-            f"on {report.device}",
+            f"on {device_text(report.device)}",
             quiet=quiet,
         )
         say(top_k_text(report.top_k), quiet=quiet)

@@ -34,9 +34,15 @@ def trainable_text(count: int, train: Train) -> str:
 
 def top_k_text(known: TopKSummary) -> str:
     """Of how many matrices it is known that no larger singular value was missed."""
-    counts = f"proven for {known.proven} matrices, likely for {known.likely}, unknown for {known.unknown}"
-    margin = "" if known.margin is None else f"; margin at most {known.margin:.2e} of s_1 ({known.margin_in})"
-    return f"kept values are the largest: {counts}{margin}"
+    counts = {"proven": known.proven, "likely": known.likely, "unknown": known.unknown}
+    told = ", ".join(f"{verdict} for {count}" for verdict, count in counts.items() if count)
+    margin = "" if known.margin is None else f", within {known.margin:.2e} of s_1 ({known.margin_in})"
+    return f"no larger singular value missed: {told}{margin}"
+
+
+def device_text(device: str) -> str:
+    """A device as the manifest records it, without the processor's routines: these are for the bits, and not for a glance."""
+    return device.rsplit(", ", 1)[0]
 
 
 def table_of_merged(tensors: Sequence[MergedTensor]) -> str:

@@ -21,6 +21,7 @@ from surgery.cli.options import (
     quiet_option,
     revision_option,
 )
+from surgery.cli.outcomes import device_text
 from surgery.cli.printing import print_json
 from surgery.cli.text import say, whole
 from surgery.format.options import Options
@@ -84,7 +85,7 @@ def spectra(
         print_json(report.findings, out=out, seconds=seconds)
         return
     shown = next(path for name in (SPECTRA_PAGE, SPECTRA_FILE) if (path := out / name).exists())
-    say(f"{whole(shown)}: {report.findings.targets} matrices in {seconds:.1f} s on {report.device}", quiet=quiet)
+    say(f"{whole(shown)}: {report.findings.targets} matrices in {seconds:.1f} s on {device_text(report.device)}", quiet=quiet)
 
 
 @click.command(short_help="Recommend ranks that spend a budget best.")

@@ -255,7 +255,7 @@ def test_inspect_tells_it(width: int, made: Path, monkeypatch: pytest.MonkeyPatc
     assert "largest" in done.stdout
     assert done.stdout.count("proven ") >= 6
     told = " ".join(done.stdout.split())
-    assert "kept values are the largest: proven for 8 matrices, likely for 0, unknown for 0; margin at most" in told
+    assert "no larger singular value missed: proven for 8, within" in told
     found = json.loads(CliRunner().invoke(main, ["inspect", str(made / "residual"), "--json"]).stdout)
     assert found["top_k"]["proven"] == 8
     assert {(target["top_k"], target["chance"]) for target in found["targets"]} == {("proven", 0.0)}
