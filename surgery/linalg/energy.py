@@ -121,4 +121,4 @@ def _margin_of_first(svd: TruncatedSVD, k: int, margin: float) -> float:
         for X in (widened(svd.U), widened(svd.V))
     ]
     error = torch.linalg.vector_norm(svd.certificate.residual).item() + max(off)
-    return max(0.0, max(s[k].item() + error, s[-1].item() + margin) - s[k - 1].item())
+    return max(0.0, float(max(s[k].item() + error, s[-1].item() + margin) - s[k - 1].item()))
