@@ -13,6 +13,7 @@ from surgery.linalg.svd import TruncatedSVD, proven_svd, truncated_svd
 from surgery.linalg.top_k import TopK
 from surgery.lossless.rounding import check_dense
 from surgery.solvers.limits import DEFAULT_TOLERANCE, check_energy
+from surgery.solvers.operator import widened
 
 #: How many values a search for a rank begins with.
 FIRST_RANK = 16
@@ -91,9 +92,8 @@ def least_rank(shares: torch.Tensor, energy: float, limit: int, dtype: torch.dty
 def _cut(svd: TruncatedSVD, k: int) -> TruncatedSVD:
     """The first k triplets. The gap of the last one is that to the next value, which has been computed too."""
     certificate, top_k = svd.certificate, svd.certificate.top_k
-    if isinstance(top_k, TopK) and svd.s[0] > 0:
-        margin = max(0.0, top_k.margin - ((svd.s[k - 1] - svd.s[-1]) / svd.s[0]).item())
-        top_k = dataclasses.replace(top_k, margin=margin)
+    if isinstance(top_k, TopK) and k < len(svd.s) and svd.s[0] > 0:
+        top_k = dataclasses.replace(top_k, margin=_margin_of_first(svd, k, top_k.margin))
     return dataclasses.replace(
         svd,
         U=svd.U[:, :k].contiguous(),
@@ -107,3 +107,18 @@ def _cut(svd: TruncatedSVD, k: int) -> TruncatedSVD:
             top_k=top_k,
         ),
     )
+
+
+def _margin_of_first(svd: TruncatedSVD, k: int, margin: float) -> float:
+    """The margin (``TopK``) of the first k triplets, fewer than there are, where that of all of them is ``margin``.
+
+    A value that is left out may be larger than what was found of it, by the norm of all residuals (Kahan 1967; Parlett, "The
+    Symmetric Eigenvalue Problem", theorem 11.5.1) and by what the vectors lack of being orthonormal.
+    """
+    s = svd.s.cpu().double() / svd.s[0].item()
+    off = [
+        torch.linalg.vector_norm(X.T @ X - torch.eye(len(s), dtype=X.dtype, device=X.device)).item()
+        for X in (widened(svd.U), widened(svd.V))
+    ]
+    error = torch.linalg.vector_norm(svd.certificate.residual).item() + max(off)
+    return max(0.0, float(max(s[k].item() + error, s[-1].item() + margin) - s[k - 1].item()))

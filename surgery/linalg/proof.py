@@ -33,6 +33,8 @@ from surgery.solvers.operator import wide_device, widened
 
 #: How far the first limit is above s_k, relatively.
 _ABOVE = 1e-3
+#: What the rounding of a proof may hide, over s_1: more than d, see the head of this module, for thousands of values.
+_OF_PROOF = 1e-9
 #: Rows or columns of B that are made at a time, and rows of a Gram matrix that are computed at a time, up to the diagonal.
 _AT_A_TIME = 512
 _PANEL = 256
@@ -47,7 +49,8 @@ def prove_top_k(A: torch.Tensor, U: torch.Tensor, s: torch.Tensor, V: torch.Tens
     """Prove that no singular value above s_k is missing, with as small a margin as that goes.
 
     A first limit is ``1.001 s_k`` and what the residuals add in the second order: where directions are not quite those of A, B
-    has the rest. A second one adds them in the first order, for values so close that s_k is too low by as much.
+    has the rest. A second one adds them in the first order, for values so close that s_k is too low by as much. A third is
+    above the rounding of the proof itself, for values that vanish beside s_1.
 
     Args:
         A: (m, n), any floating dtype, finite.
@@ -56,13 +59,14 @@ def prove_top_k(A: torch.Tensor, U: torch.Tensor, s: torch.Tensor, V: torch.Tens
         residual: float64 (k,) on the CPU, those of the triplets over s_1.
 
     Returns:
-        ``proven``, or ``unknown`` where neither limit holds or the margin says nothing.
+        ``proven``, or ``unknown`` where no limit holds or the margin says nothing.
     """
     if len(s) == min(A.shape):
         return NOTHING_ELSE
     rest = torch.linalg.vector_norm(residual).item() * s[0].item()
     above = s[-1].item() * (1 + _ABOVE)
-    limit = first_limit(A, U, s, V, [norm_with_rest(above, rest), above + 2 * rest])
+    limits = [norm_with_rest(above, rest), above + 2 * rest, above + 2 * rest + _OF_PROOF * s[0].item()]
+    limit = first_limit(A, U, s, V, limits)
     return UNKNOWN if limit is None else known(s, limit, 0.0)
 
 

@@ -108,3 +108,19 @@ def test_rounding_asks_for_no_more(A: torch.Tensor, energy: float, rank: int) ->
 def test_squares_that_float64_cannot_hold(scale: float) -> None:
     A = torch.randn(100, 120, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     assert len(surgery.energy_svd(A * scale, 0.3, max_rank=100).s) == len(surgery.energy_svd(A, 0.3, max_rank=100).s)
+
+
+@pytest.mark.parametrize(("short", "prove"), [(60, False), (300, True)])
+def test_values_that_are_left_out_may_be_as_large_as_the_last_that_is_kept(short: int, prove: bool) -> None:
+    """Twelve equal values, of which four are kept: that the others are no larger is known up to rounding, and no further."""
+    torch.manual_seed(1)
+    left, right = (torch.linalg.qr(torch.randn(n, short, dtype=torch.float64))[0] for n in (short, short + 20))
+    s = torch.cat([torch.ones(12, dtype=torch.float64), torch.linspace(0.3, 0, short - 12, dtype=torch.float64)])
+    A = ((left * s) @ right.T).float()
+    result = surgery.energy_svd(A, (4 / s.square().sum()).item() - 1e-3, max_rank=short, prove=prove)
+    top, kept = result.certificate.top_k, result.s.double()
+    assert isinstance(top, surgery.TopK)
+    assert (len(kept), top.verdict) == (4, "proven")
+    # Above zero whatever the rounding happens to be here, and no more than that of float32.
+    assert 0 < top.margin < 1e-5
+    assert torch.linalg.svdvals(A.double())[4].item() <= kept[-1].item() + top.margin * kept[0].item()

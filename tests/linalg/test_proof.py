@@ -12,7 +12,7 @@ import torch
 import surgery
 from surgery.linalg import proof
 from surgery.linalg.measured import Measured, measure
-from surgery.linalg.proof import first_limit, proof_bytes
+from surgery.linalg.proof import first_limit, proof_bytes, prove_top_k
 from surgery.linalg.svd import truncated_svds
 from surgery.linalg.top_k import TopK
 from surgery.lossless.factors import Factors
@@ -268,3 +268,22 @@ def test_a_proof_takes_no_more_memory_than_is_planned(shape: tuple[int, int]) ->
             held += event.nbytes()
             most = max(most, held)
     assert 0.3 * proof_bytes(*shape) <= most <= proof_bytes(*shape) + 8 * 3 * 4 * sum(shape)
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-30, 1e200])
+@pytest.mark.parametrize("k", [21, 40, 89])
+def test_values_that_vanish_in_float64_are_proven(k: int, scale: float) -> None:
+    """Of a matrix of rank 20: what is asked for beyond is rounding, and so is all that is not found."""
+    numbers = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(n, 20, dtype=torch.float64, generator=numbers) for n in (90, 130))
+    A = left @ right.T * scale
+    result = surgery.truncated_svd(A, k, prove=True)
+    assert _verdict(result) == "proven"
+    top = result.certificate.top_k
+    assert isinstance(top, TopK)
+    truth = torch.linalg.svdvals(A)
+    assert truth[k] <= result.s[-1] + top.margin * result.s[0]
+    assert top.margin < 1e-8
+    # One that is missing is still told.
+    s, keep = result.s.clone(), [i for i in range(k) if i != 19]
+    assert prove_top_k(A, result.U[:, keep], s[keep], result.V[:, keep], result.certificate.residual[keep]).verdict == "unknown"
