@@ -98,6 +98,7 @@ def first_limit(A: torch.Tensor, U: torch.Tensor, s: torch.Tensor, V: torch.Tens
         factor, info = torch.linalg.cholesky_ex(G)
         if info.item() == 0 and (G.device.type == "cpu" or _missed_by(G, factor) <= 2 * of_cholesky * delta):
             return limit
+        del factor  # its memory, before the next one is made
     return None
 
 

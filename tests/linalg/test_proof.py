@@ -64,10 +64,12 @@ def _verdict(result: surgery.TruncatedSVD) -> str:
 )
 def test_matrices_made_around_the_start_rows(shape: tuple[int, int], rows: int, k: int, dtype: torch.dtype) -> None:
     A, values = _hiding(shape, rows, dtype=dtype)
-    fooled = surgery.truncated_svd(A, k)
+    # A few steps more, and rounding grows into what is hidden, on some processors.
+    tolerance = 1e-4
+    fooled = surgery.truncated_svd(A, k, tolerance=tolerance)
     assert bool(fooled.certificate.converged)
     assert fooled.s.tolist() == pytest.approx([1 - 0.02 * i for i in range(k)], abs=1e-5)
-    proven = surgery.truncated_svd(A, k, prove=True)
+    proven = surgery.truncated_svd(A, k, tolerance=tolerance, prove=True)
     assert _verdict(proven) == "proven"
     assert (proven.s.double() - values[:k]).abs().max().item() < 1e-6
     assert proven.certificate.passes > fooled.certificate.passes
