@@ -175,8 +175,9 @@ def test_errors_from_a_moment_on(command: Command, kind: str, at: int, made: Pat
     fault = Fails(kinds, make, at, on=True)
     notes = set(outcome(command, made, tmp_path / "o", fault))
     assert fault.count >= at
-    assert notes
     assert notes <= NOTES
+    # The solvers do by themselves on the CPU what decompositions of a GPU cannot.
+    assert notes or kind in ("unsolved", "solver failed")
 
 
 def test_a_device_that_has_failed(made: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from surgery.cli.main import main as surgery_command
 from surgery.format.manifest import Manifest
 from surgery.names import SCALES_FILE
 from surgery.publish import upload
+from surgery.solvers.processor import processor
 from tests.failing.system import System
 from tests.loopback_hub import WRITING_TOKEN, LoopbackHub
 from tests.models import files_of, save_llama
@@ -224,6 +225,7 @@ class Bench:
             sys.unraisablehook = lambda it: print("UNRAISABLE", it.exc_type, it.exc_value, it.object, flush=True)
             faulthandler.dump_traceback_later(LIMIT - 5, file=log)
             torch.set_num_threads(1)
+            processor()  # oneDNN makes code for its first products, and crashes where it gets no memory for that
             before()
             if fault is None:
                 self._system.arm(self.folder)

@@ -25,6 +25,7 @@ from surgery.timing import Timing, timed
 from tests.loopback_hub import LoopbackHub
 from tests.measure import measured_peak
 from tests.models import files_of
+from tests.pretend_gpu import pretend_gpu
 
 SCALES = "surgery/scales.safetensors"
 
@@ -220,9 +221,8 @@ def test_without_cuda(llama: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "f").exists()
 
 
-def test_several_cuda_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+@pretend_gpu(cards=("Pretended",) * 3)
+def test_several_cuda_devices() -> None:
     every = [torch.device("cuda", i) for i in range(3)]
     assert choose_devices("all") == every
     assert choose_devices("cuda:2, cuda:0") == [every[2], every[0]]
