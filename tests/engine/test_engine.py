@@ -43,13 +43,17 @@ def in_time(call: Callable[[], Any], seconds: float = LONG) -> bool:
     return not thread.is_alive()
 
 
+def _threads() -> list[str]:
+    """The names of our threads, but for those that work for the GPUs of this process as long as it lasts."""
+    names = [thread.name for thread in threading.enumerate()]
+    return [name for name in names if name.startswith("surgery-") and not name.startswith("surgery-host")]
+
+
 @pytest.fixture(autouse=True)
 def _no_thread_is_left() -> Iterator[None]:
     yield
     end = time.monotonic() + LONG
-    while (left := [thread.name for thread in threading.enumerate() if thread.name.startswith("surgery-")]) and (
-        time.monotonic() < end
-    ):
+    while (left := _threads()) and time.monotonic() < end:
         time.sleep(0.01)
     assert not left
 
@@ -276,7 +280,7 @@ def test_leaving_early_wakes_who_waits_for_memory() -> None:
 
 def leaves_at_once(finished: Generator[Any, None, None]) -> None:
     assert in_time(finished.close)
-    assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("surgery-")]
+    assert not _threads()
 
 
 def test_an_interruption_where_results_are_used_stops_at_once() -> None:
