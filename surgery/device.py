@@ -157,10 +157,15 @@ def _trouble(error: RuntimeError, device: torch.device) -> str | None:
     """A note for an error of a GPU after which fewer matrices at a time, or the CPU, may do; None for all others."""
     if isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _FULL):
         return f"{device} has not enough free memory for every matrix: the largest are done on the CPU"
-    unsolved = isinstance(error, torch.linalg.LinAlgError)  # type: ignore[attr-defined]  # not in its list of names
-    if unsolved or any(sign in str(error) for sign in _FAILED):
+    if is_unsolved(error):
         return f"the solvers of {device} fail at some matrices: these are done on the CPU"
     return None
+
+
+def is_unsolved(error: RuntimeError) -> bool:
+    """Whether a library has failed at a decomposition or a product, and not for want of memory."""
+    failed = isinstance(error, torch.linalg.LinAlgError)  # type: ignore[attr-defined]  # not in its list of names
+    return failed or any(sign in str(error) for sign in _FAILED)
 
 
 def _first_that_computes() -> torch.device:

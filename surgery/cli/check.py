@@ -37,6 +37,7 @@ def inspect(factorized: Path, as_json: bool) -> None:
                   by how much of s_1 one may still be above s_k
     """
     from surgery.commands import inspect as operation
+    from surgery.format.top_k_records import TopKRecord
 
     report = operation.inspect(factorized)
     if as_json:
@@ -54,7 +55,7 @@ def inspect(factorized: Path, as_json: bool) -> None:
             f"{target.max_residual:.1e}",
             "yes" if target.converged else "NO",
             str(target.undetermined),
-            _known(target.top_k, target.margin),
+            str(TopKRecord(target.top_k, target.margin, target.chance)),
         ]
         for target in report.targets
     ]
@@ -80,10 +81,6 @@ def inspect(factorized: Path, as_json: bool) -> None:
         entries = [math.prod(target.matrices) for target in report.targets]
         lost = sum((target.inexact or 0) * n for target, n in zip(report.targets, entries, strict=True)) / max(sum(entries), 1)
         click.echo(fitted(f"not lossless (--no-correction): {lost:.1%} of the weights of targets cannot be recovered exactly"))
-
-
-def _known(verdict: str, margin: float | None) -> str:
-    return verdict if margin is None else f"{verdict} {margin:.2e}"
 
 
 def _doubt(share: float) -> str:

@@ -34,7 +34,7 @@ class Prediction:
         k = factors.s.shape[-1]
         bits = (53 - math.ceil(math.log2(max(k, 1)))) // 2
         left, right = factors.U * factors.s[..., None, :], factors.V
-        powers = _to_integers(left, right, bits)
+        powers = _powers(left, right, bits)
         # Each is a power of two that float64 has, and none of these numbers comes near the ends of its range: all is exact.
         self._left = (left * powers[0]).round_().div_(powers[0]).div_(powers[1])
         self._right = (right * powers[1]).round_().mT.contiguous()
@@ -58,10 +58,10 @@ class Prediction:
         return predict
 
 
-def _to_integers(left: torch.Tensor, right: torch.Tensor, bits: int) -> torch.Tensor:
+def _powers(left: torch.Tensor, right: torch.Tensor, bits: int) -> torch.Tensor:
     """The powers of two that bring the numbers of float32 matrices below ``2^bits``, of each as large as it can be.
 
-    They stay on the device: a program that asked for them would wait for it.
+    They stay on the device: a program that asked for them, as ``to_integers`` does, would wait for it.
 
     Args:
         left, right: (..., m, k) and (..., n, k).

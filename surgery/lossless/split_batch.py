@@ -7,7 +7,7 @@ entry, and a byte for each that differs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,16 +23,8 @@ from surgery.lossless.parts import UnencodedParts, residual_error
 from surgery.lossless.prediction import Prediction, working_dtype
 from surgery.lossless.rounding import bits_of, flipped
 
-#: Makes memory of the host, uint8, of so many bytes at least.
-HostMemory = Callable[[int], torch.Tensor]
-
 #: Times a number whose eight bytes are 0 or 1, its highest byte has these as bits, that of the first byte as the lowest.
 _GATHER = 0x0102_0408_1020_4080
-
-
-def pageable(size: int) -> torch.Tensor:
-    """New memory of the host, which the system may move."""
-    return torch.empty(size, dtype=torch.uint8)
 
 
 @exact_arithmetic()
@@ -42,7 +34,6 @@ def split_batch(
     *,
     correct: bool = True,
     out: torch.Tensor | None = None,
-    host: HostMemory = pageable,
 ) -> list[UnencodedParts]:
     """``split`` of each matrix of a batch, up to the encoding of the corrections, which any thread can do after.
 
@@ -51,7 +42,6 @@ def split_batch(
         factors: of all of them, with a leading dimension B, on the same device.
         correct: whether to find what residual and factors alone do not give back.
         out: where the residuals go, like the weights; may be these themselves.
-        host: called for each piece of memory that differences go to. It may be pinned; the blocks of the result lie in it.
 
     Returns:
         Of each matrix. The residuals are on the device, and may be used in the current stream.
@@ -65,9 +55,7 @@ def split_batch(
     portions = []
     for matrices, rows in _portions(count, m, n):
         low_rank = prediction.of(matrices, rows)
-        portions.append(_split(weights[matrices, rows], low_rank, residuals[matrices, rows], host if correct else None))
-    if weights.device.type == "cuda":
-        torch.cuda.current_stream(weights.device).synchronize()  # the copies to the host
+        portions.append(_split(weights[matrices, rows], low_rank, residuals[matrices, rows], correct))
     blocks, differing = [list[CorrectionBlock]() for _ in range(count)], [0] * count
     for (matrices, _), portion in zip(_portions(count, m, n), portions, strict=True):
         for i, (largest, differ, found) in zip(range(count)[matrices], portion.by_matrix(), strict=True):
@@ -92,7 +80,7 @@ def _portions(count: int, m: int, n: int) -> Iterator[tuple[slice, slice]]:
 
 @dataclass(frozen=True, slots=True)
 class _Portion:
-    """What was found in the same rows of b matrices, in memory of the host once the device has copied it there.
+    """What was found in the same rows of b matrices, in memory of the host.
 
     One after the other there are, of each matrix, how many entries differ in each block, int64, and the largest number before
     the rounding to a residual, in the working dtype; and if that was wanted, escapes, masks and values of all blocks.
@@ -141,14 +129,14 @@ class _Portion:
             yield largest[i], differing[i], found
 
 
-def _split(weight: torch.Tensor, low_rank: torch.Tensor, residual: torch.Tensor, host: HostMemory | None) -> _Portion:
-    """Make the residual of rows (b, r, n), and begin to copy to the host what it takes to recover them.
+def _split(weight: torch.Tensor, low_rank: torch.Tensor, residual: torch.Tensor, correct: bool) -> _Portion:
+    """Make the residual of rows (b, r, n), and copy to the host what it takes to recover them.
 
     Args:
         weight: the rows.
         low_rank: their prediction, in the working dtype; it is overwritten.
         residual: where the residual goes, perhaps the weight itself.
-        host: see ``split_batch``; None if nothing is to be recovered.
+        correct: whether they are to be recovered.
     """
     sums = weight - low_rank
     largest = torch.linalg.vector_norm(sums, math.inf, dim=(1, 2))
@@ -159,7 +147,7 @@ def _split(weight: torch.Tensor, low_rank: torch.Tensor, residual: torch.Tensor,
     by_block = _by_block(differs, rows_at_a_time(weight.shape[-1]))
     counts = _joined([part.sum(dim=-1) for part in by_block])
     parts, escapes = [counts, largest], None
-    if host is not None:
+    if correct:
         where = differs.view(-1).nonzero().view(-1)
         ordinals = flipped(torch.stack([exact[where], guess[where]]))
         units = ordinals[0] - ordinals[1]
@@ -170,8 +158,7 @@ def _split(weight: torch.Tensor, low_rank: torch.Tensor, residual: torch.Tensor,
         parts += [beyond, masks, short.masked_fill_(escaped, ESCAPE)]
         escapes = len(beyond)
     together = torch.cat([part.reshape(-1).view(torch.uint8) for part in parts])
-    memory = (pageable if host is None else host)(len(together))[: len(together)]
-    memory.copy_(together, non_blocking=True)
+    memory = together.cpu()
     residual.copy_(rounded)  # last: it may be the weight itself
     entries = [part.shape[-1] for part in by_block for _ in range(part.shape[1])]
     return _Portion(memory, weight.dtype, len(weight), entries, escapes)

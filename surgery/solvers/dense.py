@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from surgery.device import is_unsolved
 from surgery.torch_threads import one_thread, one_thread_each
 
 #: The order up to which a symmetric matrix on a GPU is decomposed on the host: there such a matrix is many small kernels.
@@ -39,7 +40,7 @@ def eigh(symmetric: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         try:
             values, vectors = torch.linalg.eigh(symmetric)
         except RuntimeError as error:  # LinAlgError is one
-            if not _failed(error):
+            if not is_unsolved(error):
                 raise
         else:
             if _trusted(symmetric, values, vectors):
@@ -53,7 +54,7 @@ def svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]
     try:
         left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     except RuntimeError as error:
-        if matrix.device.type == "cpu" or not _failed(error):
+        if matrix.device.type == "cpu" or not is_unsolved(error):
             raise
         left, values, right = (part.to(matrix.device) for part in torch.linalg.svd(matrix.cpu(), full_matrices=False))
     return left, values, right
@@ -90,11 +91,6 @@ def on_all_cores(
         with one_thread_each(workers) as pool:
             found = list(pool.map(decompose, batch))
     return tuple(torch.stack(parts) for parts in zip(*found, strict=True))
-
-
-def _failed(error: RuntimeError) -> bool:
-    """Whether a device's library has failed at a decomposition, and not for want of memory."""
-    return isinstance(error, torch.linalg.LinAlgError) or "EXECUTION_FAILED" in str(error)  # type: ignore[attr-defined]
 
 
 def _trusted(symmetric: torch.Tensor, values: torch.Tensor, vectors: torch.Tensor) -> bool:

@@ -8,22 +8,20 @@ import torch
 
 from surgery.device import downloaded
 from surgery.memory import scratch
+from surgery.solvers.basis import Basis
 from surgery.solvers.dense import eigh
 from surgery.solvers.operator import Operator, wide_device, widened
 from surgery.solvers.random import generator_of
 from surgery.solvers.repair import NOISE, repaired
-from surgery.solvers.search import Search
 
 
-class KrylovBasis:
+class KrylovBasis(Basis):
     """Orthonormal bases of Krylov spaces, their images, and the projections of C on them."""
 
     def __init__(self, operator: Operator, *, limit: int, block: int, seed: int) -> None:
-        self.operator = operator
-        self.block = block
+        super().__init__(operator, limit, block)
         matrices = operator.matrices
         count = len(operator)
-        self.limit = min(limit, operator.short)
         rows = self.limit + block
         self._rows = scratch("basis", (count, rows, operator.short), matrices.dtype, matrices.device)
         self._images = scratch("images", (count, self.limit, operator.long), matrices.dtype, matrices.device)
@@ -33,21 +31,6 @@ class KrylovBasis:
         self._top = torch.zeros(count, 1, dtype=torch.float64, device=self._wide)  # longest image so far
         # One generator for each matrix: its random rows must not depend on the other matrices of the batch.
         self._generators = [generator_of(seed) for _ in range(count)]
-        self.size = 0  # rows already multiplied by C
-        self._pending = 0  # orthonormal rows behind them, yet to be multiplied
-        self._last = 0  # rows multiplied in the last step
-        self._steps = 0  # before the first restart
-        self._whole = True  # nothing has been let go of by a restart
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether the basis spans the whole space, so that nothing is left to find."""
-        return self._pending == 0
-
-    @property
-    def search(self) -> Search:
-        """What it has gone through, if it began with random rows alone."""
-        return Search(min(self.block, self.limit), self._steps)
 
     def alone(self, i: int) -> KrylovBasis:
         """The basis of matrix i, in the same memory: a step of it changes this one."""

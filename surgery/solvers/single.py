@@ -11,17 +11,17 @@ import math
 import torch
 
 from surgery.memory import scratch
+from surgery.solvers.basis import Basis
 from surgery.solvers.dense import eigh
 from surgery.solvers.operator import Operator
 from surgery.solvers.random import generator_of
 from surgery.solvers.repair import NOISE, repaired
-from surgery.solvers.search import Search
 
 #: The least length of what is left of a row of length 1: rounding in it grows by the inverse.
 _LEFT = 0.5
 
 
-class SingleBasis:
+class SingleBasis(Basis):
     """An orthonormal basis of the Krylov space of one matrix on a CPU, its images, and the projection of C on it.
 
     The products of a block with C lie in that block, the one before and the next. So only the first two are taken out of them
@@ -31,20 +31,13 @@ class SingleBasis:
 
     Args:
         operator: of one matrix on the CPU, float32 or float64.
-        limit: rows at which it is full.
-        block: rows per step.
+        limit, block: see ``Basis``.
         seed: of the random rows.
-
-    Attributes:
-        size: rows that have been multiplied by C.
     """
 
     def __init__(self, operator: Operator, *, limit: int, block: int, seed: int) -> None:
+        super().__init__(operator, limit, block)
         matrix = operator.matrices[0]
-        self.operator = operator
-        self.block = block
-        self.limit = min(limit, operator.short)
-        self.size = 0
         rows = self.limit + block
         self._rows = scratch("basis", (rows, operator.short), matrix.dtype, matrix.device)
         self._images = scratch("images", (self.limit, operator.long), matrix.dtype, matrix.device)
@@ -53,20 +46,6 @@ class SingleBasis:
         self._top = 0.0  # longest image so far
         self._generator = generator_of(seed)
         self._near = 0  # the first of the rows in which products with C may lie
-        self._pending = 0  # orthonormal rows behind the basis, yet to be multiplied
-        self._last = 0  # rows multiplied in the last step
-        self._steps = 0  # before the first restart
-        self._whole = True  # nothing has been let go of by a restart
-
-    @property
-    def exhausted(self) -> bool:
-        """Whether the basis spans the whole space, so that nothing is left to find."""
-        return self._pending == 0
-
-    @property
-    def search(self) -> Search:
-        """What it has gone through, if it began with random rows alone."""
-        return Search(min(self.block, self.limit), self._steps)
 
     def begin(self, start: torch.Tensor | None) -> None:
         """Begin with ``start`` (1, b, short) and random rows after it, in this order."""

@@ -122,25 +122,6 @@ def test_no_difference_at_all(on_gpu: dict[str, int]) -> None:
     assert same_bits(join(parts.residual, of(factors, 1).to(GPU), parts.correction)[0].cpu(), weights[1])
 
 
-def test_the_differences_go_to_the_memory_that_is_given(on_gpu: dict[str, int]) -> None:
-    weights, factors = batch_of(torch.bfloat16, 2, 64, 48)
-    lent: list[torch.Tensor] = []
-
-    def host(size: int) -> torch.Tensor:
-        lent.append(torch.full((size + 100,), 7, dtype=torch.uint8, pin_memory=True))
-        return lent[-1]
-
-    parts = split_batch.split_batch(weights.to(GPU), factors.to(GPU), host=host)
-    assert len(lent) == 1  # one copy for all of them
-    for i, part in enumerate(parts):
-        assert part.blocks is not None
-        expected = split(weights[i], of(factors, i)).correction
-        assert expected is not None
-        assert torch.equal(torch.as_tensor(part.correction()), expected)  # it has waited for the copy
-        assert all(np.shares_memory(lent[0].numpy(), block.mask) for block in part.blocks)
-    assert bool((lent[0][-100:] == 7).all())
-
-
 def test_a_residual_that_is_infinite_is_refused_by_its_number(on_gpu: dict[str, int]) -> None:
     weights, factors = batch_of(torch.float16, 3, 30, 20)
     weights[2] = 6e4
