@@ -132,7 +132,7 @@ def fold(
         dequantize: write every FP8 weight as bfloat16, without its scales, and drop the quantization from the config;
             otherwise a changed FP8 weight is quantized again.
         rounding: of changed weights: ``nearest``, each number to the nearest one; or ``directions``, so that as much of the
-            update as can be arrives in the directions that it has (docs/numerics.md). By default ``directions`` for FP8, and
+            update as can be arrives in the directions that it has (docs/lossless.md). By default ``directions`` for FP8, and
             for weights of 16 bits where ``nearest`` would keep less than 99 % of the update of a matrix.
         stream: for an overlay, fetch each weight file of the base from the hub when its turn comes, and drop it when it has
             been read.
