@@ -39,7 +39,7 @@ _ADVICE = {
     errno.ENOSPC: "free some space, then run the same command again",
     errno.EDQUOT: "free some of your quota, then run the same command again",
     errno.EIO: "see what the system says of this disk (dmesg), then run the same command again",
-    errno.ESTALE: "see whether the network folder is there, mount it anew, then run the same command again",
+    errno.ESTALE: "see whether the network folder is there, mount it again, then run the same command again",
 }
 #: Texts by which errors for too little memory are recognized: of torch, of C++, of libraries that cannot be loaded.
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "std::bad_alloc", "Cannot allocate memory", "failed to map segment")

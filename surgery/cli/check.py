@@ -101,7 +101,7 @@ def _doubt(share: float) -> str:
 @click.option("--fast", is_flag=True, help="Hashes and headers only, no arithmetic.")
 @click.option("--prove", is_flag=True, help="Prove of each matrix that no larger singular value was missed; takes longer.")
 @click.option(
-    "--repair", is_flag=True, help="First make missing and damaged files anew from MODEL, to the bytes that are on record."
+    "--repair", is_flag=True, help="First make missing and damaged files again from MODEL, to the bytes that are on record."
 )
 @click.option("--folded", type=MODEL, metavar="MODEL", help="Instead: what of the --scales has arrived in this folded model.")
 @click.option("--scales", type=PATH, metavar="FILE", help="The scales that were folded.")
@@ -126,10 +126,10 @@ def verify(
 
     Every file has its sha256; headers and shapes fit; factors are orthonormal and singular values descend; residual,
     factors and correction give back each original weight (by the hash in the manifest); certificates, energies and
-    shares of inexact entries hold, measured anew; scales belong to the factors. Each matrix is searched for a larger
+    shares of inexact entries hold, measured again; scales belong to the factors. Each matrix is searched for a larger
     singular value than the kept ones, from a random start; with --prove it is proven that there is none.
 
-    With --repair files that are missing or damaged are made anew first. A residual follows from MODEL and the factors;
+    With --repair files that are missing or damaged are made again first. A residual follows from MODEL and the factors;
     factors need the SVD again, with the same torch on the same kind of device. Nothing is replaced unless its sha256 is
     the recorded one, and scales that are there never are.
     """
@@ -148,7 +148,7 @@ def verify(
         rows = [[failure.where, failure.check, failure.got, failure.expected] for failure in report.failures]
         click.echo(table(["where", "check", "got", "expected"], rows, names=(0,), prose=(1, 2, 3)))
     for file in report.repaired:
-        say(f"made anew: {whole(file)}", quiet=quiet)
+        say(f"made again: {whole(file)}", quiet=quiet)
     for note in report.unchecked:
         say(f"not checked: {note}", quiet=quiet)
     if report.top_k is not None:

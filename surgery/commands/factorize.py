@@ -193,7 +193,7 @@ def factorize(
 
     Returns:
         What has been written, or what was there if ``out`` holds the complete result of the same run; with the manifest. An
-        untouched trainable file of the other kind that is there is written anew.
+        untouched trainable file of the other kind that is there is written again.
 
     Raises:
         OptionError, SourceError, ReadError, FormatError: as ``plan``.

@@ -1,4 +1,4 @@
-"""The verb ``verify``: a factorized checkpoint is checked against its manifest, with everything measured anew."""
+"""The verb ``verify``: a factorized checkpoint is checked against its manifest, with everything measured again."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class VerifyReport(Report):
         files, targets: how many were looked at.
         failures: what does not hold.
         unchecked: what could not be looked at, and why.
-        repaired: the files that were made anew.
+        repaired: the files that were made again.
         top_k: of how many matrices it is known that no larger singular value was missed, by what was measured here and not by
             what the manifest says; None where no weights were looked at.
     """
@@ -81,7 +81,7 @@ def verify(
         fast: hashes and headers only.
         prove: prove of each matrix that no larger singular value was missed, whatever the manifest says of it; a check fails
             where it cannot be proven. Without it each matrix is searched for one, from a random start that nobody can foresee.
-        repair: first make files anew that are missing or damaged, from the base, to the bytes that the manifest records; what
+        repair: first make missing and damaged files again, from the base, to the bytes that the manifest records; what
             would come out otherwise is left as it is, and so are scales that are there.
         device: where the arithmetic runs: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, several as ``cuda:0,cuda:1``, or ``all``
             CUDA devices, a shard at a time on each.

@@ -32,7 +32,7 @@ def earlier_result(out: Path) -> dict[str, Any] | None:
         ReadError: it cannot be read.
     """
     path = out / EXTRACTION_FILE
-    return read_sealed(path, "--overwrite makes the adapter anew") if path.is_file() else None
+    return read_sealed(path, "--overwrite makes the adapter again") if path.is_file() else None
 
 
 def replaced_result(out: Path) -> list[str]:
@@ -74,6 +74,6 @@ def complete_result(out: Path, earlier: dict[str, Any], identity: Mapping[str, A
         raise OutputError(
             f"{out} holds a complete result that has lost files since, or whose files have changed",
             got=few(lost),
-            hint="--overwrite makes it anew",
+            hint="--overwrite makes it again",
         )
     return report

@@ -6,7 +6,7 @@ snapshots in the cache found and filled by the calls and the layout that all of 
 whether the client speaks through httpx or httpx2, from which its errors come.
 
 Files and listings are asked for in single requests, through the client's session. ``hf_hub_download`` goes on with a file that
-broke off until 1.17, and begins it anew from 1.31 on; listings are asked for once until 2.0, and six times in 2.4; a status of
+broke off until 1.17, and begins it again from 1.31 on; listings are asked for once until 2.0, and six times in 2.4; a status of
 500 and above ends a download in all of them. It is called for what the hub has in its store of chunks, and for nothing else.
 
 Slow to import, so the modules that need it are imported only when a model is on the hub or is uploaded.

@@ -112,7 +112,7 @@ def hub_errors_midway(repo_id: str, file: str) -> Iterator[None]:
         if isinstance(error, SurgeryError):
             raise
         raise SourceError(
-            f"{repo_id}/{file} cannot be fetched", got=first_line(error), hint=f"when that is mended, {_GO_ON}"
+            f"{repo_id}/{file} cannot be fetched", got=first_line(error), hint=f"when that is fixed, {_GO_ON}"
         ) from error
 
 

@@ -50,7 +50,7 @@ class AwaitedChoice:
         if any(optimizer.state.get(delta) for delta in mine):
             raise OptionError(
                 "the optimizer has made steps with parameters of which directions are still to be chosen",
-                hint="load the adapter without choose, or begin anew",
+                hint="load the adapter without choose, or start again",
             )
         if not self._sums:
             self._sums = [None] * len(deltas)

@@ -68,7 +68,7 @@ def find_aliases(
             if why_unloaded(entry.name, config) is None:
                 alike.setdefault((entry.dtype, entry.shape), []).append((entry, shard))
     groups = [places for places in alike.values() if len(places) > 1 and any(entry.name in chosen for entry, _ in places)]
-    # A hub model in the cache does not count as local: a run that is gone on with must find the same as when it began.
+    # A hub model in the cache does not count as local: a run that continues must find the same as when it began.
     local = source.record.kind == "folder"
     found: dict[str, tuple[Alias, ...]] = {}
     notes: list[str] = []

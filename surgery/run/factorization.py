@@ -91,7 +91,7 @@ class Factorization:
             FormatError, ReadError: the manifest is damaged, or a file of the model cannot be read.
 
         Warns:
-            SurgeryWarning, or a note where somebody listens: an untouched trainable file of the other kind is written anew.
+            SurgeryWarning, or a note where somebody listens: an untouched trainable file of the other kind is written again.
         """
         manifest = Manifest.read(out)
         if differences := self._differences(manifest):
@@ -106,13 +106,13 @@ class Factorization:
             raise OutputError(
                 f"{out} holds a complete result that has lost files since, or whose files have changed",
                 got=few(lost),
-                hint="--overwrite makes it anew",
+                hint="--overwrite makes it again",
             )
         self._change_untouched(out / SCALES_FILE, manifest)
         return manifest
 
     def _change_untouched(self, path: Path, manifest: Manifest) -> None:
-        """Write an untouched file of scales anew as one of cores, or the other way round, if that is what is asked for.
+        """Write an untouched file of scales again as one of cores, or the other way round, if that is what is asked for.
 
         Raises:
             OutputError: it has been trained.

@@ -92,14 +92,14 @@ class Journal:
             differences = self._differences()
         except (FormatError, ReadError) as error:
             raise OutputError(
-                f"{self._out} holds an unfinished run whose journal is damaged", got=error.what, hint="--overwrite starts anew"
+                f"{self._out} holds an unfinished run whose journal is damaged", got=error.what, hint="--overwrite starts again"
             ) from error
         if differences:
             raise OutputError(
                 f"{self._out} holds an unfinished run of another kind",
                 got=few(differences, between="; "),
                 expected="the same command on the same model, to go on with it",
-                hint="repeat the earlier command, start anew with --overwrite, or choose another folder with -o",
+                hint="repeat the earlier command, start again with --overwrite, or choose another folder with -o",
             )
 
     def drop(self) -> None:

@@ -46,7 +46,7 @@ class Run:
                     results = run.shards(jobs, memory)      # what an earlier start has finished is not done again
                     ...                                     # the files that come last, and publishing
 
-    If it is interrupted (KeyboardInterrupt) and can be gone on with, a note says how.
+    If it is interrupted (KeyboardInterrupt) and can be continued, a note says how.
 
     Args:
         out: the output folder.

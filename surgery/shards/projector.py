@@ -235,7 +235,7 @@ def _components(weight: torch.Tensor, tuned: torch.Tensor, factors: Factors, tra
     k = right.shape[1]
     step = min(m, max(1, BLOCK_ENTRIES // n) * (1 if weight.device.type == "cpu" else DEVICE_BLOCKS))
     components, norms = right.new_zeros((k,) if train == "scales" else (k, k)), right.new_zeros(3)
-    # The memory is used for every block: allocating it anew would take many times as long as the arithmetic.
+    # The memory is used for every block: allocating it again would take many times as long as the arithmetic.
     wide, difference, product = (right.new_empty(step, columns) for columns in (n, n, k))
     for first in range(0, m, step):
         rows = slice(first, min(first + step, m))

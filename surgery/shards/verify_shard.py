@@ -1,4 +1,4 @@
-"""The job of one shard of ``verify``: check its files, factors, weights and certificates, all measured anew."""
+"""The job of one shard of ``verify``: check its files, factors, weights and certificates, all measured again."""
 
 from __future__ import annotations
 

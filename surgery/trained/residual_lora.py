@@ -29,7 +29,7 @@ from surgery.updates.writing.low_rank import LowRankTensor
 from surgery.updates.writing.modules import AdaptedModule, Halved
 from surgery.updates.writing.peft_layout import in_peft_layout
 
-#: The largest distance of A or B from where it began, relative to that, over all modules: an adapter that was begun anew is
+#: The largest distance of A or B from where it began, relative to that, over all modules: an adapter that was started again is
 #: further. Where the config does not say for which residual the adapter is, it must be near: what ``export`` writes for the
 #: original model has the same directions.
 _FURTHEST, _NEAR = 0.95, 0.3

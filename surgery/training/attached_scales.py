@@ -266,7 +266,7 @@ class Scales:
             if not given.is_untouched_outside(self._targets[key], mask):
                 raise ScalesError(
                     f"{path}: directions of {key!r} have been changed that are not among those chosen here",
-                    hint="attach anew, and load the file before any are chosen",
+                    hint="attach again, and load the file before any are chosen",
                 )
         if self._masks is None and "chosen" in beside:
             if not all(bool(mask.all()) for mask in masks.values()):

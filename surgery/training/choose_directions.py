@@ -76,12 +76,12 @@ class ChooseDirections(_TrainerCallback):
         if state.global_step > 0:
             raise OptionError(
                 "the checkpoint was saved before any directions were chosen, and its optimizer knows all of them",
-                hint="begin anew: load its scales, without resume_from_checkpoint",
+                hint="start again: load its scales, without resume_from_checkpoint",
             )
         trainer = self._trainer
         with _same_random_states(args.device):
             trainer.model.train()
-            trainer.current_gradient_accumulation_steps = 1  # some of TRL's losses divide by it; the first step sets it anew
+            trainer.current_gradient_accumulation_steps = 1  # some of TRL's losses divide by it; the first step sets it again
             loader = trainer.get_train_dataloader()
             # accelerate's own loader would count as the one that is trained with.
             for batch in islice(getattr(loader, "base_dataloader", loader), self._batches):

@@ -192,7 +192,7 @@ def _check_resumed(scales: Scales, path: Path) -> None:
     """
     file = read_scales_alone(path)
     way = "orthogonal" if "orthogonal" in file.beside else file.train
-    hint = "begin anew: load its scales, without resume_from_checkpoint"
+    hint = "start again: load its scales, without resume_from_checkpoint"
     if way != scales.train:
         raise OptionError(
             f"the optimizer of the checkpoint {path.parent} knows other parameters than those that are attached",

@@ -64,7 +64,7 @@ def note_what_is_unlikely(name: str, found: Sequence[Norms]) -> None:
     elif apart:
         note(
             f"{name} has hardly anything in common with the original in {len(apart)} of {len(known)} matrices, first "
-            f"{apart[0].key!r}: they look as if they had been made anew, and not fine-tuned",
+            f"{apart[0].key!r}: they look as if they had been trained from scratch, and not fine-tuned",
         )
     low, high = _SIZES
     scaled = [norms for norms in known if norms not in apart and not low <= norms.after / norms.before <= high]

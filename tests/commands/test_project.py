@@ -656,7 +656,7 @@ UNLIKELY: list[tuple[Callable[[Tensors], Tensors], str]] = [
     (_other_seed, "in 3 of 3 matrices: the change is 1.4"),
     (_permuted, "in 3 of 3 matrices: the change is 1.4"),
     (lambda tensors: {name: -tensor for name, tensor in tensors.items()}, "in 3 of 3 matrices: the change is 2 times"),
-    (_one_made_anew, "in 1 of 3 matrices, first 'layers.1.w.weight': they look as if they had been made anew"),
+    (_one_made_anew, "in 1 of 3 matrices, first 'layers.1.w.weight': they look as if they had been trained from scratch"),
     (_without_scales, "has 64 times the norm of the original in 3 of 3 matrices"),
     (_emptied, "has 0 times the norm of the original in 1 of 3 matrices, first 'layers.2.w.weight'"),
     (_deeper, "has 2 weights of the kinds that are compared, such as 'layers.3.w.weight', that the original does not have"),

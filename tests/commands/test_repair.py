@@ -317,7 +317,7 @@ def test_command(made: Path, llama: Path, tmp_path: Path) -> None:
     arguments = ["verify", str(folder), "--repair", "--base", str(llama), "--device", "cpu"]
     done = CliRunner().invoke(main, arguments)
     assert (done.exit_code, done.stdout) == (0, "")
-    assert f"made anew: {file}" in done.stderr
+    assert f"made again: {file}" in done.stderr
     (folder / file).unlink()
     parsed = json.loads(CliRunner().invoke(main, [*arguments, "--json"]).stdout)
     assert (parsed["ok"], parsed["repaired"]) == (True, [file])

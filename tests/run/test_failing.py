@@ -81,7 +81,7 @@ def test_a_disk_that_is_full(options: list[str], tmp_path: Path) -> None:
         (errno.EIO, "dmesg"),
         (errno.EMFILE, "ulimit -n"),
         (errno.ENOMEM, "--max-memory"),
-        (errno.ESTALE, "mount it anew"),
+        (errno.ESTALE, "mount it again"),
         (errno.ENXIO, "run the same command again"),
     ],
 )

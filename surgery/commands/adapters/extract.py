@@ -184,7 +184,7 @@ def extract(
             most of all changes.
         max_rank: the most directions of a weight, where the number is not given; 256 if None.
         layout: ``peft``; for a part of a diffusion pipeline also ``diffusers``, which ``load_lora_weights`` takes, or
-            ``kohya``, for ComfyUI and its kin.
+            ``kohya``, for ComfyUI and tools like it.
         dtype: of the pairs.
         uniform: pad all pairs with zeros to one rank, for engines that ignore ranks by module.
         full: globs over names of tensors that the adapter holds whole, where they have changed: norms, biases, a small head.

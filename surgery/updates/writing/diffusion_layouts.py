@@ -1,4 +1,4 @@
-"""The layouts of diffusion models' adapters: of diffusers, and of kohya's scripts, which ComfyUI and its kin read.
+"""The layouts of diffusion models' adapters: of diffusers, and of kohya's scripts, which ComfyUI and tools like it read.
 
 Source of the formats: diffusers 0.42, ``loaders/lora_base.py``, ``loaders/lora_conversion_utils.py`` and
 ``utils/peft_utils.py``; kohya-ss/sd-scripts, ``networks/lora.py``. The reader is ``surgery.updates.adapters.diffusion_lora``.

@@ -69,7 +69,7 @@ class AdapterForm:
 
     Attributes:
         layout: ``peft``: a folder with ``adapter_config.json``; ``diffusers``: a folder that a pipeline loads; ``kohya``: one
-            file, for ComfyUI and its kin.
+            file, for ComfyUI and tools like it.
         dtype: of the halves, as the format names it: F32, BF16 or F16.
         component: of a diffusion pipeline, such as ``unet``, that the checkpoint is; None for any other model.
         uniform_rank: whether all halves are padded with zeros to one rank, for loaders that ignore ranks by module (vLLM).
