@@ -3,9 +3,9 @@
     plugins: [axolotl_spectral.SpectralPlugin]   # this file beside the YAML, and the folder in PYTHONPATH
     adapter: spectral
     spectral: {factorized: factorized, train: scales}
-    lora_model_dir:                              # an adapter that was trained so before, to go on with it
+    lora_model_dir:                              # optional: an adapter of an earlier run, to continue with it
 
-All other keys that begin with `lora_` have no part in it. `surgery fold FACTORIZED OUTPUT_DIR` folds what was trained.
+All other keys that begin with `lora_` have no effect. Afterwards run `surgery fold FACTORIZED OUTPUT_DIR`.
 """
 
 from typing import Any
@@ -18,13 +18,13 @@ from surgery.peft import SpectralConfig
 
 
 class SpectralArgs(BaseModel):
-    """What the YAML may say: the fields of ``SpectralConfig``."""
+    """The key ``spectral`` of the YAML: the fields of ``SpectralConfig``."""
 
     spectral: dict[str, Any] | None = None
 
 
 class SpectralPlugin(BasePlugin):
-    """Adds the adapter; axolotl finds it by the name under ``plugins``."""
+    """Adds the adapter. axolotl imports the class by its name under ``plugins``."""
 
     def get_input_args(self) -> str:
         return f"{__name__}.SpectralArgs"

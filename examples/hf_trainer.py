@@ -1,11 +1,11 @@
 """Train the scales of a causal language model with transformers' Trainer.
 
     python examples/hf_trainer.py                          # the small model that comes with surgery
-    python examples/hf_trainer.py MODEL FACTORIZED OUT     # any other: a repo id or a folder
-    python examples/hf_trainer.py ... --resume             # go on from the last checkpoint in OUT
+    python examples/hf_trainer.py MODEL FACTORIZED OUT     # any other model: a repo id or a folder
+    python examples/hf_trainer.py ... --resume             # resume from the last checkpoint in OUT
 
-FACTORIZED is what `surgery factorize MODEL -o FACTORIZED` wrote; it is made if it is not there. OUT gets checkpoints
-of some kilobytes each and, in the end, the scales.
+FACTORIZED is the folder that `surgery factorize MODEL -o FACTORIZED` writes; the script makes it if it is missing. OUT
+gets checkpoints of some kilobytes each and, at the end, the scales.
 """
 
 import argparse
@@ -47,7 +47,7 @@ arguments = TrainingArguments(
     save_steps=max(1, options.steps // 2),
     per_device_train_batch_size=8,
     learning_rate=2e-2,
-    weight_decay=0,  # the parameters are g - 1: decay would pull towards the untouched model
+    weight_decay=0,  # the parameters are g - 1: decay would pull them towards the untouched model
     lr_scheduler_type="cosine",
     logging_steps=5,
     report_to="none",
@@ -57,10 +57,10 @@ trainer = ScalesTrainer(
     arguments,
     train_dataset=[example for i, example in enumerate(examples) if i % 200],
     eval_dataset=examples[::200],
-    data_collator=default_data_collator,  # the blocks are of one length
+    data_collator=default_data_collator,  # all blocks have the same length
     processing_class=tokenizer,
     scales=scales,
-    # Of each weight train the half of the directions that the loss of some batches depends on most.
+    # Train half of the directions of each weight: those on which the loss of some batches depends most.
     callbacks=[surgery.ChooseDirections(scales, keep=8)],
 )
 before = trainer.evaluate()["eval_loss"]

@@ -1,9 +1,9 @@
 """Turn trained scales into a LoRA adapter, load it with PEFT, and print how vLLM serves it.
 
     python examples/peft_adapter.py SCALES                            # trained by another example, on the small model
-    python examples/peft_adapter.py SCALES MODEL FACTORIZED ADAPTER   # any other
+    python examples/peft_adapter.py SCALES MODEL FACTORIZED ADAPTER   # any other model
 
-MODEL is the original model: the adapter is an update of it. What an adapter cannot say is refused, with the reason.
+MODEL is the original model, to which the adapter belongs. What an adapter cannot express is refused, with the reason.
 """
 
 import argparse

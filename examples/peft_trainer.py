@@ -1,10 +1,10 @@
-"""Train the scales of a causal language model as an adapter of PEFT, with TRL's SFTTrainer as it is.
+"""Train the scales of a causal language model as an adapter of PEFT, with TRL's unchanged SFTTrainer.
 
     python examples/peft_trainer.py                          # the small model that comes with surgery
-    python examples/peft_trainer.py MODEL FACTORIZED OUT     # any other: a repo id or a folder
+    python examples/peft_trainer.py MODEL FACTORIZED OUT     # any other model: a repo id or a folder
 
-FACTORIZED is what `surgery factorize MODEL -o FACTORIZED` wrote; it is made if it is not there. OUT gets an adapter of
-some kilobytes, which PeftModel.from_pretrained and transformers load after `import surgery.peft`.
+FACTORIZED is the folder that `surgery factorize MODEL -o FACTORIZED` writes; the script makes it if it is missing. OUT
+gets an adapter of some kilobytes. PeftModel.from_pretrained and transformers load it after `import surgery.peft`.
 """
 
 import argparse
@@ -30,7 +30,7 @@ options = parser.parse_args()
 if not Path(options.factorized).exists():
     surgery.factorize(options.model, options.factorized, rank=16)
 tokenizer = AutoTokenizer.from_pretrained(options.model)
-if tokenizer.eos_token is None:  # as in the demo model, whose tokens are the 256 bytes
+if tokenizer.eos_token is None:  # as for the demo model, whose tokens are the 256 bytes
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)
 paragraphs = [text for name in sorted(topics) for text in topics[name].split("\n\n") if len(text) > 100]
 data = Dataset.from_dict({"text": paragraphs[:2000]}).train_test_split(test_size=64, seed=0)
@@ -43,7 +43,7 @@ trainer = SFTTrainer(
         max_length=128,
         per_device_train_batch_size=8,
         learning_rate=2e-2,
-        weight_decay=0,  # the parameters are g - 1: decay would pull towards the untouched model
+        weight_decay=0,  # the parameters are g - 1: decay would pull them towards the untouched model
         lr_scheduler_type="cosine",
         logging_steps=5,
         bf16=torch.cuda.is_available(),
@@ -58,6 +58,6 @@ before = trainer.evaluate()["eval_loss"]
 trainer.train()
 print(f"held-out loss: {before:.4f} before, {trainer.evaluate()['eval_loss']:.4f} after")
 
-trainer.save_model()  # the adapter; and the scales alone, for surgery fold
+trainer.save_model()  # writes the adapter; the next line writes the scales alone, for surgery fold
 surgery.peft.scales_of(trainer.model).save(Path(options.out) / "scales.safetensors")
 print(f"surgery fold {options.factorized} {Path(options.out) / 'scales.safetensors'} -o folded")

@@ -1,9 +1,10 @@
 """Train the scales of a causal language model in a plain PyTorch loop.
 
     python examples/plain_loop.py                          # the small model that comes with surgery
-    python examples/plain_loop.py MODEL FACTORIZED OUT     # any other: a repo id or a folder
+    python examples/plain_loop.py MODEL FACTORIZED OUT     # any other model: a repo id or a folder
 
-FACTORIZED is what `surgery factorize MODEL -o FACTORIZED` wrote; it is made if it is not there. OUT gets the scales.
+FACTORIZED is the folder that `surgery factorize MODEL -o FACTORIZED` writes; the script makes it if it is missing. OUT
+gets the scales.
 """
 
 import argparse
@@ -44,11 +45,11 @@ def loss_of(ids: torch.Tensor) -> torch.Tensor:
 with torch.no_grad():
     before = loss_of(held_out).item()
 model.train()
-# Of each weight train the half of the directions that the loss depends on most, by the gradients of some batches.
+# Train half of the directions of each weight: those on which the loss depends most, by the gradients of some batches.
 for start in range(0, 64, 8):
     loss_of(blocks[start : start + 8].to(device)).backward()
 scales.choose(keep=8)
-# The parameters are g - 1 in float32: weight decay, if any, pulls towards the untouched model.
+# The parameters are g - 1 in float32. Weight decay would pull them towards the untouched model.
 optimizer = torch.optim.AdamW(scales.parameters(), lr=2e-2, weight_decay=0)
 schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
 for step in range(options.steps):

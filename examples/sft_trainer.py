@@ -1,10 +1,10 @@
 """Train the scales of a causal language model with TRL's SFTTrainer.
 
     python examples/sft_trainer.py                          # the small model that comes with surgery
-    python examples/sft_trainer.py MODEL FACTORIZED OUT     # any other: a repo id or a folder
+    python examples/sft_trainer.py MODEL FACTORIZED OUT     # any other model: a repo id or a folder
 
-FACTORIZED is what `surgery factorize MODEL -o FACTORIZED` wrote; it is made if it is not there. OUT gets checkpoints
-of some kilobytes each, for `trainer.train(resume_from_checkpoint=True)`, and, in the end, the scales.
+FACTORIZED is the folder that `surgery factorize MODEL -o FACTORIZED` writes; the script makes it if it is missing. OUT
+gets checkpoints of some kilobytes each, for `trainer.train(resume_from_checkpoint=True)`, and, at the end, the scales.
 """
 
 import argparse
@@ -38,7 +38,7 @@ model = AutoModelForCausalLM.from_pretrained(options.model, dtype="auto")
 scales = surgery.attach(model, options.factorized)
 
 tokenizer = AutoTokenizer.from_pretrained(options.model)
-if tokenizer.eos_token is None:  # as in the demo model, whose tokens are the 256 bytes
+if tokenizer.eos_token is None:  # as for the demo model, whose tokens are the 256 bytes
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(0)
 paragraphs = [text for name in sorted(topics) for text in topics[name].split("\n\n") if len(text) > 100]
 data = Dataset.from_dict({"text": paragraphs[:2000]}).train_test_split(test_size=64, seed=0)
@@ -50,7 +50,7 @@ config = SFTConfig(
     max_length=128,
     per_device_train_batch_size=8,
     learning_rate=2e-2,
-    weight_decay=0,  # the parameters are g - 1: decay would pull towards the untouched model
+    weight_decay=0,  # the parameters are g - 1: decay would pull them towards the untouched model
     lr_scheduler_type="cosine",
     logging_steps=5,
     bf16=torch.cuda.is_available(),

@@ -1,10 +1,10 @@
 """Train scales or cores with ms-swift (4.6): an external plugin that adds `--tuner_type spectral`.
 
     FACTORIZED=factorized swift sft --external_plugins examples/swift_spectral.py --tuner_type spectral --model MODEL ...
-    TRAIN=core ...                                    # cores in place of scales
-    ... --adapters output/checkpoint-500              # to go on with what was trained so before
+    TRAIN=core ...                                    # cores instead of scales
+    ... --adapters output/checkpoint-500              # to continue an earlier run
 
-`surgery fold FACTORIZED output/checkpoint-500` folds what was trained.
+Afterwards run `surgery fold FACTORIZED output/checkpoint-500`.
 """
 
 import os
@@ -17,7 +17,7 @@ from surgery.peft import SpectralConfig
 
 
 class SpectralTuner(PeftTuner):
-    """Saved and loaded as PEFT does it; only how it is made is ours."""
+    """PEFT saves and loads the adapter; this class only makes it."""
 
     @staticmethod
     def prepare_model(args: Any, model: Any) -> Any:

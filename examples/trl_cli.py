@@ -1,10 +1,10 @@
-"""`trl sft` with scales or cores: the same YAML and flags, and FACTORIZED and TRAIN in the environment.
+"""`trl sft` with scales or cores: the same YAML and flags, with FACTORIZED and TRAIN in the environment.
 
     FACTORIZED=factorized TRAIN=scales python examples/trl_cli.py --config sft.yaml
     FACTORIZED=factorized accelerate launch examples/trl_cli.py --config sft.yaml
 
-TRL's command line knows LoRA only (`use_peft`). This gives its script another `peft_config`, which is used always.
-`surgery fold FACTORIZED OUTPUT_DIR` folds what was trained. For `trl dpo` and `trl grpo` import `trl.scripts.dpo` or
+TRL's command line supports LoRA only (`use_peft`). This gives its script another `peft_config`, which is always used.
+Afterwards run `surgery fold FACTORIZED OUTPUT_DIR`. For `trl dpo` and `trl grpo` import `trl.scripts.dpo` or
 `trl.scripts.grpo` instead.
 """
 
