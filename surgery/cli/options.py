@@ -62,7 +62,7 @@ rounding_option = click.option(
     "--rounding",
     type=click.Choice(["nearest", "directions"]),
     help="directions: keep what the update does in its own directions; by default for quantized weights, and where nearest "
-    "would lose more than 1 % of a weight's update.",
+    "would lose more than 0.5 % of a weight's update.",
 )
 dequantize_option = click.option(
     "--dequantize", is_flag=True, help="Write quantized weights as bfloat16, and drop the quantization from config.json."

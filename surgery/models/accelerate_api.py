@@ -1,6 +1,6 @@
 """The parts of accelerate that are used here (it comes with transformers' Trainer), and its marks on a model.
 
-Tried with accelerate 1.11.0 to 1.15.0 (docs/compatibility.md has which).
+Tried with accelerate 1.13.0 to 1.15.0 (docs/compatibility.md has which).
 """
 
 from __future__ import annotations

@@ -28,8 +28,11 @@ _OF_A_MODEL = re.compile(r"(.*[._])?(norm\d*|layernorm|ln_(\d|f))\.weight|.+\.bi
 def no_scales_in(folder: Path) -> ScalesError:
     """The error for a folder in which no scales file has been found."""
     if (folder / ADAPTER_CONFIG).is_file():
-        hint = "surgery fold FACTORIZED SCALES --lora takes an adapter, beside scales"
-        return ScalesError(f"{folder} is the folder of an adapter, and holds no scales", expected="a scales file", hint=hint)
+        hint = (
+            f"surgery fold FACTORIZED {quoted(folder)} takes it if PEFT has trained scales or cores in it; "
+            "a LoRA is folded beside scales, with --lora"
+        )
+        return ScalesError(f"{folder} is the folder of an adapter, and no scales file", expected="a scales file", hint=hint)
     if (folder / CONFIG_FILE).is_file():
         return ScalesError(f"{folder} is the folder of a model, and holds no scales", expected="a scales file", hint=_PROJECT)
     if below := adapters_below(folder):
