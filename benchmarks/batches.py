@@ -3,7 +3,7 @@
     python benchmarks/batches.py
 
 A Llama of 8 and of 70 billion weights, bfloat16, as transformers shards them, rank 16; on cards of 24, 80 and 141 GB, beside 16
-cores and 128 GB of memory, of which half is used.
+cores and 128 GB of memory, of which 64 GiB are used.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Core-seconds for each GB of weights in every stage of factorize and fold, and how many cores a copy's pace asks for.
+"""Core-seconds for each GB of weights in every stage of factorize and fold, and how many cores keep pace with a copy.
 
     python benchmarks/stages.py --gigabytes 0.5 --hidden 2048 --repeats 3
 

@@ -129,11 +129,11 @@ def fold(
         lora: folder of a LoRA adapter that was trained together with the scales or cores, as PEFT saves it.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, several as ``cuda:0,cuda:1``, or ``all`` CUDA devices.
         max_memory, max_device_memory, engine: as for ``factorize``; with Ray all machines must see ``factorized`` as well.
-        dequantize: write every FP8 weight as bfloat16, without its scales, and drop the quantization from the config;
-            otherwise a changed FP8 weight is quantized again.
+        dequantize: write every quantized weight as bfloat16, without its scales, and drop the quantization from the config;
+            otherwise a changed one is quantized again.
         rounding: of changed weights: ``nearest``, each number to the nearest one; or ``directions``, so that as much of the
-            update as can be arrives in the directions that it has (docs/numerics.md). By default ``directions`` for FP8, and
-            for weights of 16 bits where ``nearest`` would keep less than 99 % of the update of a matrix.
+            update as can be arrives in the directions that it has (docs/lossless.md). By default ``directions`` for quantized
+            weights, and for others where ``nearest`` would keep less than 99.5 % of the update of a matrix, by a sample.
         stream: for an overlay, fetch each weight file of the base from the hub when its turn comes, and drop it when it has
             been read.
         push_to_hub, private: as for ``factorize``.

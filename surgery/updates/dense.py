@@ -33,7 +33,7 @@ class Writing:
 
     Attributes:
         rounding: of changed matrices: ``nearest``, ``directions`` (``surgery.lossless.directions``), or None for the one that
-            keeps their update: ``directions`` for quantized ones, and for others where ``nearest`` would keep less than 99 %.
+            keeps their update: ``directions`` for quantized ones, and for others where ``nearest`` would keep less than 99.5 %.
         to_dense: whether every quantized weight becomes bfloat16, without its scales.
         dtype: what all weights of 16 and 32 bits become, as safetensors names it; None for what they are.
     """

