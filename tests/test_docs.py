@@ -1,19 +1,24 @@
-"""The pages: links and anchors lead somewhere, the index has every page, and the commands that they show exist.
+"""The pages: links and anchors lead somewhere, the index has every page, and the commands and names that they show exist.
 
 Pages are read as GitHub shows them. A page that is broken on purpose shows that each check can fail.
 """
 
 from __future__ import annotations
 
+import pkgutil
 import re
 import shlex
+import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import click
 import pytest
 
+import surgery
 from surgery.cli.main import main
+from surgery.demo.run import MODEL
 from surgery.format.manifest import Manifest
 from surgery.publish.adapter_cards import adapter_card, extracted_card
 from surgery.publish.card import factorized_card, folded_card, merged_card
@@ -94,14 +99,21 @@ def test_the_readme_is_short() -> None:
 
 
 def _shell_lines(text: str) -> Iterator[str]:
-    """Lines of the sh blocks of a page, and those of its text blocks that a prompt introduces; comments are left out."""
+    """Lines of the sh blocks of a page, and those of its text blocks that follow a prompt. Comments are left out."""
     for block in _FENCE.finditer(text):
         joined = block["text"].replace("\\\n", " ")
         if block["language"] in ("text", "console"):
             joined = "\n".join(re.findall(r"^ *\$ (.*)$", joined, re.MULTILINE))
         elif block["language"] not in ("sh", "bash", "shell"):
             continue
-        yield from (re.sub(r"(?:^|(?<=\s))#.*", "", line) for line in joined.splitlines())
+        begun = ""
+        for line in joined.splitlines():
+            begun += re.sub(r"(?:^|(?<=\s))#.*", "", line) + "\n"
+            with suppress(ValueError):  # a quotation goes on in the next line
+                shlex.split(begun)
+                yield begun
+                begun = ""
+        yield begun
 
 
 def _surgery_commands(line: str) -> Iterator[list[str]]:
@@ -117,7 +129,7 @@ def _surgery_commands(line: str) -> Iterator[list[str]]:
             redirected = True
         elif redirected:
             redirected = False
-        else:
+        elif token != "...":
             calls[-1].append(token)
     for call in calls:
         while call and re.match(r"[A-Za-z_]\w*=", call[0]):
@@ -187,6 +199,38 @@ def test_commands_exist(page: Path) -> None:
     assert _unknown(page.read_text()) == []
 
 
+def _is_there(name: str) -> bool:
+    """Whether a dotted name, such as ``surgery.attach``, is that of a module or of something in one."""
+    try:
+        pkgutil.resolve_name(name)
+    except (AttributeError, ImportError):
+        return False
+    return True
+
+
+def _missing_names(text: str) -> list[str]:
+    """Of the names of the package on a page those that do not exist."""
+    return [name for name in re.findall(r"(?<![\w./-])surgery(?:\.[A-Za-z_]\w*)+", text) if not _is_there(name)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_names_of_the_package_exist(page: Path) -> None:
+    assert _missing_names(page.read_text()) == []
+
+
+def test_the_first_training_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop of docs/start.md, two steps of it, between the commands that stand around it."""
+    blocks = _FENCE.finditer((ROOT / "docs/start.md").read_text())
+    (block,) = (one["text"] for one in blocks if one["language"] == "python" and "surgery.attach" in one["text"])
+    assert "blocks[64:544]" in block
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(MODEL, "demo")
+    surgery.factorize("demo", "factorized", rank=16, progress=surgery.Silent())
+    exec(block.replace("blocks[64:544]", "blocks[64:80]"), {})
+    report = surgery.fold("factorized", "scales.safetensors", "folded", progress=surgery.Silent())
+    assert (report.changed, report.targets) == (42, 42)
+
+
 def _cards() -> Iterator[str]:
     """Every kind of card, of every layout."""
     for name in CASES:
@@ -224,14 +268,16 @@ A=1 .venv/bin/surgery merge MODEL one two --weights 0.7,0.3 \
     --rounding sideways
 python -m surgery scales new FACTORIZED --train core; surgery scales old
 surgery plan MODEL --rank many | surgery plan --help
-surgery factorize MODEL --sideways
+surgery factorize MODEL ... --sideways
+surgery recipes --json | python -c "
+for line in 'two lines': surgery"
 ```
 ```text
 $ surgery amputate MODEL
 surgery is no command here
 ```
 ```python
-surgery.amputate()
+surgery.amputate(surgery.linalg.svd.truncated_svd, surgery.linalg.svd.nothing)
 ```
 `surgery scales show`, `surgery spectra
 --nothing MODEL`, `surgery factorize MODEL [--train scales|core] --no-correction ...`, `surgery heal`, `surgery.attach(--none)`.
@@ -263,4 +309,5 @@ def test_a_broken_page_is_noticed(tmp_path: Path) -> None:
         "amputate",
     ]
     assert [one for one, start in zip(told, starts, strict=True) if not one.startswith(start)] == []
+    assert _missing_names(BROKEN) == ["surgery.amputate", "surgery.linalg.svd.nothing"]
     assert [one.split(": ")[-1] for one in _unknown(BROKEN)] == ["--nothing", "there is no command surgery heal"]
