@@ -140,27 +140,32 @@ def _surgery_commands(line: str) -> Iterator[list[str]]:
             yield call[1:]
 
 
-def _command(arguments: list[str]) -> tuple[str, click.Command, list[str]]:
-    """The command that arguments call, with its name, and what is left of them.
+def _command(arguments: list[str]) -> tuple[click.Context, click.Command, list[str]]:
+    """The command that arguments call, with the context of its group, and what is left of them.
+
+    Contexts have the group's settings, as a command keeps the help option that it was asked for first.
 
     Raises:
         click.UsageError: there is none.
     """
-    name, command, rest = "surgery", main, list(arguments)
-    while isinstance(command, click.Group) and rest and not rest[0].startswith("-"):
-        name, found = f"{name} {rest[0]}", command.commands.get(rest.pop(0))
+    group, rest = click.Context(main, info_name="surgery", **main.context_settings), list(arguments)
+    while rest and not rest[0].startswith("-"):
+        assert isinstance(group.command, click.Group)
+        found = group.command.commands.get(rest.pop(0))
         if found is None:
-            raise click.UsageError(f"there is no command {name}")
-        command = found
-    return name, command, rest
+            raise click.UsageError(f"{group.command_path} has no such command")
+        if not isinstance(found, click.Group):
+            return group, found, rest
+        group = click.Context(found, parent=group, info_name=found.name, **found.context_settings)
+    return group, group.command, rest
 
 
 def _misuse(arguments: list[str]) -> str | None:
     """What the command line says of arguments before it does anything; None if it takes them."""
     try:
-        name, command, rest = _command(arguments)
+        group, command, rest = _command(arguments)
         if not isinstance(command, click.Group):
-            command.make_context(name, rest)
+            command.make_context(command.name, rest, parent=group)
     except click.exceptions.Exit:  # --help
         return None
     except click.UsageError as error:
@@ -183,12 +188,12 @@ def _unknown(text: str) -> list[str]:
             continue
         arguments = list(filter(None, (re.sub(r"[=,|].*|\.\.\.", "", word) for word in words[1:])))
         try:
-            _, command, rest = _command(arguments)
+            group, command, rest = _command(arguments)
         except click.UsageError as error:
             unknown.append(f"{span}: {error.message}")
             continue
-        context = click.Context(command)
-        known = {name for one in command.get_params(context) for name in (*one.opts, *one.secondary_opts)} | {"-h", "--help"}
+        context = group if group.command is command else click.Context(command, parent=group)
+        known = {name for one in command.get_params(context) for name in (*one.opts, *one.secondary_opts)}
         unknown += [f"{span}: {word}" for word in rest if re.match(r"--?[a-z]", word) and word not in known]
     return unknown
 
@@ -310,4 +315,4 @@ def test_a_broken_page_is_noticed(tmp_path: Path) -> None:
     ]
     assert [one for one, start in zip(told, starts, strict=True) if not one.startswith(start)] == []
     assert _missing_names(BROKEN) == ["surgery.amputate", "surgery.linalg.svd.nothing"]
-    assert [one.split(": ")[-1] for one in _unknown(BROKEN)] == ["--nothing", "there is no command surgery heal"]
+    assert [one.split(": ")[-1] for one in _unknown(BROKEN)] == ["--nothing", "surgery has no such command"]
