@@ -1,3 +1,3 @@
 """The version. It is not in the package's ``__init__``, which another project's package of that name may have overwritten."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -211,14 +211,6 @@ def test_docs_have_every_command_and_option(name: str) -> None:
     assert f"## surgery {name}\n\n```text\n{help_text}\n```" in (ROOT / "docs/cli.md").read_text()
 
 
-def test_readme_names_only_options_that_exist() -> None:
-    known = {option for command in _commands().values() for parameter in command.params for option in parameter.opts}
-    pip = {"--version", "--help"}
-    for line in (ROOT / "README.md").read_text().splitlines():
-        if "surgery " in line and not line.startswith(("pip ", "python -m venv")):
-            assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", line)) <= known | pip, line
-
-
 def test_inspect_tells_when_the_smallest_value_is_hardly_known(tmp_path: Path) -> None:
     """s_2 from half of s_1 down to what float32 cannot tell, and a matrix of zeros."""
     (tmp_path / "m").mkdir()

@@ -217,7 +217,7 @@ def _spectra(targets: list[dict[str, Any]], base: str = "some/base", tuned: str 
         }
     return {
         "schema_version": 3,
-        "tool": "surgery 0.1.0",
+        "tool": "surgery 0.2.0",
         "torch": "2.13.0",
         "device": "cpu (2 threads)",
         "base": {"name": base, "repo_id": None, "commit": "0123abc"},
