@@ -12,8 +12,8 @@ Each method is tuned: its learning rate is that of the grid 1, 3 times powers of
 loss on the part of the data that is for tuning, with a seed of its own. Then it is trained with at least three more seeds,
 which set the order of the data, the same for all methods, an adapter's start, and directions where they are random; these are
 measured on the part for reporting. Adam, the rate rising over a tenth of the steps and then falling as a cosine, float32, no
-dropout. A classifier beside a method begins at logistic regression on the untouched model's embeddings (``none``), and is
-trained with all methods at the same rate; it is not counted.
+dropout. The encoder's classifier is logistic regression on the embeddings of the untouched model (``none``). It stays as it
+is, so that nothing but the numbers of the method is trained.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import tasks_data
 import torch
 import transformers
 from tasks_methods import MINILM, SMOLLM2, Method, choose, prepare
-from tasks_models import HEAD_RATE, TASKS, Classification
+from tasks_models import TASKS, Classification
 
 import surgery
 
@@ -50,7 +50,7 @@ class Done:
     """One run, as a line of results.
 
     Attributes:
-        trainable: numbers, without the classifier.
+        trainable: numbers.
         tuned: loss on the part for tuning.
         loss, accuracy: on the part for reporting; None for a run that tunes.
         known_before: loss on what the model could do before; None for a run that tunes.
@@ -100,12 +100,9 @@ def train(task: Any, method: Method, rate: float, seed: int, folder: Path) -> Do
     if method.keep:
         choose(model, saves, method, list(task.batches(folder, seed)))
         trained = list(saves.parameters())
-    groups = [{"params": trained, "lr": rate}] if trained else []
-    if trained and model.head is not None:
-        groups.append({"params": list(model.head.parameters()), "lr": HEAD_RATE})
     seconds = 0.0
     if trained:
-        optimizer = torch.optim.Adam(groups)
+        optimizer = torch.optim.Adam(trained, lr=rate)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share(step, task.steps))
         clock = time.process_time()
         for loss in task.batches(folder, seed):
@@ -163,10 +160,7 @@ def _saved(
     clock = time.perf_counter()
     report = surgery.fold(factors.with_suffix(".factorized") / str(method.factorized), file, out, rounding="directions")
     seconds = time.perf_counter() - clock
-    again = task.load(folder, out)
-    if again.head is not None:
-        again.head.load_state_dict(model.head.state_dict())
-    scores = task.measure(again, folder, "report")
+    scores = task.measure(task.load(folder, out), folder, "report")
     return file.stat().st_size, {
         "kept": report.kept,
         "kept_least": report.kept_least,

@@ -20,8 +20,6 @@ from torch import nn
 
 from surgery.demo.run import prose
 
-#: The classifier's own learning rate, the same for all methods.
-HEAD_RATE = 1e-3
 #: Tokens of a text of the forgetting measure; pairs of it that are told apart at a time.
 _PAIR_TOKENS, _PAIRS_AT_A_TIME = 48, 90
 #: Texts that are measured at a time.
@@ -107,6 +105,7 @@ class Classification:
             torch.save(encoder.head.state_dict(), part)
             part.rename(probe)
         encoder.head.load_state_dict(torch.load(probe))
+        encoder.head.requires_grad_(False)
         return encoder
 
     def data(self, folder: Path) -> dict[Part, Labelled]:
@@ -227,9 +226,7 @@ class Continuation:
 
 
 class _Backbone(nn.Module):
-    """A model in the place where ``Encoder`` has one; nothing beside it is trained."""
-
-    head = None
+    """A model in the place where ``Encoder`` has one."""
 
     def __init__(self, backbone: Any) -> None:
         super().__init__()
