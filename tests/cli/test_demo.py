@@ -21,9 +21,9 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file
 
 import surgery
-from surgery.cli.demo_text import bars, marked
+from surgery.cli.demo.text import bars, marked
 from surgery.cli.main import main
-from surgery.demo.run import MODEL, DemoReport, prose, run_demo
+from surgery.demo.run import MODEL, DemoReport, mean_loss, prose, run_demo, unseen
 from surgery.demo.sentence import WordLoss
 from surgery.errors import OutputError
 from surgery.progress import Silent
@@ -103,6 +103,19 @@ def test_the_sentences_are_held_out_text_with_the_losses_that_transformers_gives
     most, median = report.sentences
     assert most.gain > median.gain
     assert (median.gain > 0) == (report.sentences_gained > report.sentences_measured // 2)
+
+
+def test_the_second_loss_is_of_paragraphs_that_were_not_trained_on(left: tuple[Path, DemoReport, Result]) -> None:
+    out, report, _ = left
+    train, held_out = prose()
+    text, trained_on = bytes(unseen(held_out, train).tolist()).decode(), " ".join(bytes(train.tolist()).decode().split())
+    paragraphs = text.split("\n\n")
+    assert len(paragraphs) > 100
+    assert not [one for one in paragraphs if " ".join(one.split()) in trained_on]
+    assert all(one.encode() in bytes(held_out.tolist()) for one in paragraphs)
+    assert report.seen_share == pytest.approx(1 - len(text.encode()) / len(held_out))
+    for folder, loss in (("original", report.loss_before_unseen), ("folded", report.loss_folded_unseen)):
+        assert mean_loss(_model(out / folder), unseen(held_out, train)) == pytest.approx(loss, abs=1e-5)
 
 
 def test_the_changes_are_those_of_the_scales_file(left: tuple[Path, DemoReport, Result]) -> None:
@@ -242,11 +255,11 @@ def test_the_printed_commands_work(left: tuple[Path, DemoReport, Result], tmp_pa
 
 
 def test_the_commands_of_the_readme_work(left: tuple[Path, DemoReport, Result], tmp_path: Path) -> None:
-    """All but those of servers, and of the browser."""
+    """All but those of servers and the browser, and those that the command prints too."""
     out = shutil.copytree(left[0], tmp_path / "demo")
     text = (out / "README.md").read_text()
     blocks = re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    others = re.compile(r"vllm|python llama\.cpp|python -m webbrowser")
+    others = re.compile(r"vllm|python llama\.cpp|python -m webbrowser|python -c|surgery export")
     lines = [line for block in blocks for line in block.splitlines() if not others.match(line)]
     printed = _run("\n".join(lines), out)
     losses = {line.split()[0]: float(line.split()[1]) for line in printed.splitlines() if re.match("(original|folded) ", line)}

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from surgery.cli.bar import Bar
-from surgery.cli.demo_text import demo_text
+from surgery.cli.demo.text import demo_text
 from surgery.cli.options import PATH, device_option, json_option, notes_and_quiet, overwrite_option, quiet_option
 from surgery.cli.printing import print_json
 from surgery.cli.text import say, whole
