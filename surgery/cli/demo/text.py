@@ -79,7 +79,7 @@ def _losses(report: DemoReport) -> str:
 def _gain(sentence: SentenceLoss) -> str:
     """By how much a sentence has become more probable."""
     times = math.exp(abs(sentence.gain))
-    factor = f"{times:,.0f}" if 9.5 <= times < 1e6 else f"{times:.2g}"
+    factor = f"{float(f'{times:.2g}'):,.0f}" if 10 <= times < 1e9 else f"{times:.2g}"
     became = f"{factor} times as probable" if sentence.gain >= 0 else f"1/{factor} as probable"
     return f"{became} ({sentence.loss_before:.3f} -> {sentence.loss_folded:.3f} nats per byte)"
 
