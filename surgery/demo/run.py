@@ -52,7 +52,7 @@ class DemoReport(Report):
             paragraphs.
         loss_before_unseen, loss_folded_unseen: ``loss_before`` and ``loss_folded`` on the rest of the held-out text.
         seconds_report: how long the report of the spectra took; None where nothing is kept.
-        sentences_measured: how many held-out sentences the original and the folded model were compared on. None of them is in
+        sentences_measured: how many held-out sentences the original and the folded model were compared on. They are not in
             the text of the training.
         sentences_gained: how many of these are more probable for the folded model.
         sentences: two of these sentences: the one whose probability grew most, and the one of median growth.
