@@ -1,4 +1,4 @@
-"""The built-in demonstration: the whole job on a small real language model, in under a minute.
+"""The built-in demonstration: the whole job on a small language model, in under a minute on two cores.
 
 The model (``model/``, written by tools/train_demo_model.py) has learned the source code of the Python standard
 library. The demo adapts it to English reference prose, the topics of ``help()``, by training nothing but scales.
@@ -6,8 +6,10 @@ library. The demo adapts it to English reference prose, the topics of ``help()``
 
 from __future__ import annotations
 
+import re
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +18,13 @@ import torch
 
 from surgery.commands.factorize import factorize
 from surgery.commands.fold import fold
+from surgery.demo.folder import FACTORIZED, FOLDED, REPORT, SCALES, check_folder, finish_folder
+from surgery.demo.sentence import SentenceLoss, in_one_line, measure_sentences
 from surgery.device import on_its_own_terms
-from surgery.errors import OutputError
 from surgery.models.transformers_api import imported
-from surgery.names import CONFIG_FILE
 from surgery.progress import Progress, listening, phase
 from surgery.reports import Report
+from surgery.study.spectra import spectra
 from surgery.training.attach import attach
 
 MODEL = Path(__file__).with_name("model")
@@ -45,6 +48,16 @@ class DemoReport(Report):
         loss_before, loss_attached, loss_folded: in nats per byte of text that was held out: of the model, with trained scales,
             and of the folded model.
         seconds_factorize, seconds_train, seconds_fold: how long each took.
+        seen_share: the share of the held-out text that also stands in the text of the training, as some topics have the same
+            paragraphs.
+        loss_before_unseen, loss_folded_unseen: ``loss_before`` and ``loss_folded`` on the rest of the held-out text.
+        seconds_report: how long the report of the spectra took; None where nothing is kept.
+        sentences_measured: how many held-out sentences the original and the folded model were compared on. They are not in
+            the text of the training.
+        sentences_gained: how many of these are more probable for the folded model.
+        sentences: two of these sentences: the one whose probability grew most, and the one of median growth.
+        changed_by_projection, changed_by_layer: how far the scales g are from 1 after the training, as the mean of abs(g - 1):
+            of each kind of projection, and of each layer.
     """
 
     out: Path | None
@@ -62,6 +75,15 @@ class DemoReport(Report):
     seconds_factorize: float
     seconds_train: float
     seconds_fold: float
+    seen_share: float
+    loss_before_unseen: float
+    loss_folded_unseen: float
+    seconds_report: float | None
+    sentences_measured: int
+    sentences_gained: int
+    sentences: tuple[SentenceLoss, ...]
+    changed_by_projection: Mapping[str, float]
+    changed_by_layer: Mapping[str, float]
 
 
 @on_its_own_terms
@@ -77,8 +99,9 @@ def run_demo(
     """Factorize the built-in model, train its scales on text of another kind, fold, and compare.
 
     Args:
-        out: folder that keeps ``factorized/``, ``scales.safetensors`` and ``folded/``; None keeps nothing. A demo that was
-            stopped is gone on with.
+        out: folder that keeps the results: ``original/``, ``factorized/``, ``scales.safetensors``, ``folded/``, the report of
+            ``spectra`` on both models in ``report/``, and a ``README.md`` that says what to do with them. None keeps nothing.
+            After a demo that was stopped, the same call goes on.
         rank: directions per target.
         steps: optimizer steps.
         device: where the linear algebra of factorize and fold runs; training is on the CPU.
@@ -86,57 +109,71 @@ def run_demo(
         progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
 
     Returns:
-        Sizes, losses and times, and whether untouched scales fold to the original files.
+        Sizes, losses and times, some sentences before and after, which scales changed, and whether untouched scales fold to
+        the original files.
 
     Raises:
         MissingExtra: transformers is not installed.
-        SurgeryError: as for ``factorize`` and ``fold``.
+        OutputError: ``out`` holds an earlier demo, or other files under the demo's names.
+        SurgeryError: as for ``factorize``, ``fold`` and ``spectra``.
     """
     if out is None:
         with tempfile.TemporaryDirectory(prefix="surgery-demo-") as folder:
-            report = _run(Path(folder), rank, steps, str(device), overwrite, listening())
+            report = _run(Path(folder), rank, steps, str(device), overwrite=False, replaces=False)
         return replace(report, out=None)
-    there = [path for name in ("factorized", "scales.safetensors", "folded") if (path := Path(out) / name).exists()]
-    # The folded model comes last, and its config last of all: without it an earlier start was stopped, and this one goes on.
-    is_begun = (Path(out) / "factorized").is_dir() and not (Path(out) / "folded" / CONFIG_FILE).exists()
-    if there and not is_begun and not overwrite:
-        raise OutputError(f"{there[0]} is there already", hint="--overwrite replaces an earlier demo")
-    return _run(Path(out), rank, steps, str(device), overwrite, listening())
+    out = Path(out)
+    replaces = check_folder(out, MODEL, overwrite=overwrite)
+    report = _run(out, rank, steps, str(device), overwrite=overwrite, replaces=replaces)
+    clock = time.perf_counter()
+    spectra(MODEL, out / FOLDED, out=out / REPORT, device=device, overwrite=replaces)
+    report = replace(report, seconds_report=time.perf_counter() - clock)
+    finish_folder(out, MODEL, rank)
+    return report
 
 
-def _run(out: Path, rank: int, steps: int, device: str, overwrite: bool, progress: Progress) -> DemoReport:
-    """Run the demo in a folder that exists already."""
+def _run(out: Path, rank: int, steps: int, device: str, *, overwrite: bool, replaces: bool) -> DemoReport:
+    """Factorize, train, fold and compare, in a folder.
+
+    Args:
+        out, rank, steps, device: as for ``run_demo``.
+        overwrite: whether a finished factorized checkpoint may be replaced. Without it one of another run is refused, and the
+            one of an equal run is taken.
+        replaces: whether a finished folded model may be replaced.
+    """
+    progress = listening()
     train, held_out = prose()
+    new = unseen(held_out, train)
     with phase(progress, "loading transformers"):
         model = load(MODEL)
     with phase(progress, "measuring"):
-        loss_before = mean_loss(model, held_out)
-    factorized, scales_file = out / "factorized", out / "scales.safetensors"
+        loss_before, loss_before_unseen = (mean_loss(model, text) for text in (held_out, new))
+    factorized, scales_file, folded = out / FACTORIZED, out / SCALES, out / FOLDED
 
     clock = time.perf_counter()
     factorized_report = factorize(MODEL, factorized, rank=rank, device=device, overwrite=overwrite)
     seconds_factorize = time.perf_counter() - clock
-
-    with tempfile.TemporaryDirectory(prefix="surgery-demo-") as untouched:
-        untouched_scales, folded = factorized / "surgery/scales.safetensors", Path(untouched) / "folded"
-        report = fold(factorized, untouched_scales, folded, device=device, progress=progress)
-    identical = report.restored == len(report.files)
+    identical = _untouched_fold_is_identical(factorized, device)
 
     clock = time.perf_counter()
-    model = load(MODEL)
-    scales = attach(model, factorized)
-    _train(model, list(scales.parameters()), train, steps, progress)
+    attached = load(MODEL)
+    scales = attach(attached, factorized)
+    _train(attached, list(scales.parameters()), train, steps, progress)
     scales.save(scales_file)
     seconds_train = time.perf_counter() - clock
-    loss_attached = mean_loss(model, held_out)
+    loss_attached = mean_loss(attached, held_out)
 
     clock = time.perf_counter()
-    fold(factorized, scales_file, out / "folded", device=device, overwrite=overwrite)
+    fold(factorized, scales_file, folded, device=device, overwrite=replaces)
     seconds_fold = time.perf_counter() - clock
+    with phase(progress, "measuring"):
+        folded_model = load(folded)
+        sentences = measure_sentences(model, folded_model, held_out, train)
+        loss_folded, loss_folded_unseen = (mean_loss(folded_model, text) for text in (held_out, new))
 
+    by_projection, by_layer = _changes(scales.values())
     return DemoReport(
         out=out,
-        weights=sum(parameter.numel() for parameter in load(MODEL).parameters()),
+        weights=sum(parameter.numel() for parameter in model.parameters()),
         targets=factorized_report.targets,
         trainable=factorized_report.trainable,
         source_bytes=_size(MODEL),
@@ -146,11 +183,38 @@ def _run(out: Path, rank: int, steps: int, device: str, overwrite: bool, progres
         steps=steps,
         loss_before=loss_before,
         loss_attached=loss_attached,
-        loss_folded=mean_loss(load(out / "folded"), held_out),
+        loss_folded=loss_folded,
         seconds_factorize=seconds_factorize,
         seconds_train=seconds_train,
         seconds_fold=seconds_fold,
+        seen_share=1 - len(new) / len(held_out),
+        loss_before_unseen=loss_before_unseen,
+        loss_folded_unseen=loss_folded_unseen,
+        seconds_report=None,
+        sentences_measured=len(sentences),
+        sentences_gained=sum(sentence.gain > 0 for sentence in sentences),
+        sentences=(sentences[0], sentences[len(sentences) // 2]),
+        changed_by_projection=by_projection,
+        changed_by_layer=by_layer,
     )
+
+
+def _untouched_fold_is_identical(factorized: Path, device: str) -> bool:
+    """Whether folding the scales that factorize has written gives the original files back."""
+    with tempfile.TemporaryDirectory(prefix="surgery-demo-") as untouched:
+        report = fold(factorized, factorized / "surgery/scales.safetensors", Path(untouched) / "folded", device=device)
+    return report.restored == len(report.files)
+
+
+def _changes(scales: Mapping[str, torch.Tensor]) -> tuple[dict[str, float], dict[str, float]]:
+    """The mean of abs(g - 1) over all scales of each kind of projection, and over those of each layer, by target's name."""
+    groups: tuple[dict[str, list[torch.Tensor]], ...] = ({}, {})
+    for name, g in scales.items():
+        _, layer, projection = re.findall(r"^(.*)\.(\d+)\..*?(\w+)\.weight$", name)[0]
+        for group, key in zip(groups, (projection, layer), strict=True):
+            group.setdefault(key, []).append((g - 1).abs())
+    by_projection, by_layer = ({key: float(torch.cat(some).mean()) for key, some in group.items()} for group in groups)
+    return by_projection, by_layer
 
 
 def load(folder: Path) -> Any:
@@ -168,6 +232,14 @@ def prose() -> tuple[torch.Tensor, torch.Tensor]:
     split = [b"\n".join(texts[i] for i in range(len(texts)) if (i % 5 == 0) is held) for held in (False, True)]
     train, held_out = (torch.frombuffer(bytearray(data), dtype=torch.uint8).long() for data in split)
     return train, held_out
+
+
+def unseen(held_out: torch.Tensor, train: torch.Tensor) -> torch.Tensor:
+    """Held-out text, int64 (bytes,), without the paragraphs that also stand in the training text."""
+    seen = in_one_line(bytes(train.tolist()))
+    paragraphs = re.split(rb"\n\s*\n", bytes(held_out.tolist()))
+    kept = b"\n\n".join(one for one in paragraphs if in_one_line(one) not in seen)
+    return torch.frombuffer(bytearray(kept), dtype=torch.uint8).long()
 
 
 def _train(model: Any, parameters: list[torch.nn.Parameter], text: torch.Tensor, steps: int, progress: Progress) -> None:
