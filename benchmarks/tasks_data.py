@@ -149,6 +149,13 @@ def records(folder: Path) -> dict[Part, str]:
     return {part: "\n\n".join(texts) for part, texts in parts.items()}
 
 
+def prose() -> str:
+    """English prose: the topics of Python's ``help()``."""
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
 def _run(command: list[str], folder: Path) -> None:
     subprocess.run(command, check=True, cwd=folder, stdout=subprocess.DEVNULL)
 

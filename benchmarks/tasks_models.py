@@ -18,8 +18,6 @@ import torch
 from tasks_data import Labelled, Part
 from torch import nn
 
-from surgery.demo.run import prose
-
 #: Tokens of a text of the forgetting measure; pairs of it that are told apart at a time.
 _PAIR_TOKENS, _PAIRS_AT_A_TIME = 48, 90
 #: Texts that are measured at a time.
@@ -281,7 +279,7 @@ def _long(model: Path, text: str) -> torch.Tensor:
 
 @lru_cache(maxsize=1)
 def _prose_tokens(model: Path) -> torch.Tensor:
-    return _long(model, bytes(prose()[1].to(torch.uint8).tolist()).decode())
+    return _long(model, tasks_data.prose())
 
 
 def _padded(texts: list[torch.Tensor]) -> torch.Tensor:

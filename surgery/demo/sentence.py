@@ -64,8 +64,8 @@ def measure_sentences(before: Any, folded: Any, text: torch.Tensor, trained_on: 
         trained_on: the text of the training, int64 (bytes,). Its topics share some sentences with the held-out ones: these
             are passed over.
     """
-    data, seen = bytes(text.tolist()), in_one_line(bytes(trained_on.tolist()))
-    spans = _spread([(start, end) for start, end in find_sentences(data) if in_one_line(data[start:end]) not in seen])
+    data, seen = bytes(text.tolist()), in_one_line(bytes(trained_on.tolist()).decode())
+    spans = _spread([(start, end) for start, end in find_sentences(data) if in_one_line(data[start:end].decode()) not in seen])
     windows = torch.stack([text[end - _WINDOW : end] for _, end in spans])
     nats = [_nats(model, windows) for model in (before, folded)]
     # A row of nats ends where its sentence ends.
@@ -101,9 +101,9 @@ def find_sentences(data: bytes) -> Iterator[tuple[int, int]]:
             start = paragraph.start() + end
 
 
-def in_one_line(text: bytes) -> bytes:
+def in_one_line(text: str) -> str:
     """A text with one space in place of each line end and indent, to compare texts."""
-    return b" ".join(text.split())
+    return " ".join(text.split())
 
 
 def _spread(spans: list[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -31,14 +31,11 @@ def demo_text(report: DemoReport) -> str:
         _losses(report),
         _paragraph(
             f"Trainable: {report.trainable / report.weights:.2%} of the weights. Loss: nats per byte of held-out English",
-            f"prose; the model had learned Python source code. {report.seen_share:.0%} of that text stands in the training",
-            f"text too. Without this part the loss is {report.loss_before_unseen:.4f} before,",
-            f"and {report.loss_folded_unseen:.4f} after.",
+            f"prose; the model had learned Python source code. Folding untouched scales {untouched}.",
         ),
-        _paragraph(f"Folding untouched scales {untouched}."),
         _paragraph(
-            f"{report.sentences_gained} of {report.sentences_measured} sentences that are not in the training text have become",
-            "more probable. Under a word each + is a doubling of its probability, each - a halving, as many as fit.",
+            f"{report.sentences_gained} of {report.sentences_measured} held-out sentences have become more probable.",
+            "Under a word each + is a doubling of its probability, each - a halving, as many as fit.",
         ),
         _paragraph(f"The sentence that gained most, {_gain(most)}:"),
         marked(most.words),
@@ -77,11 +74,7 @@ def _losses(report: DemoReport) -> str:
 
 
 def _gain(sentence: SentenceLoss) -> str:
-    """By how much a sentence has become more probable."""
-    times = math.exp(abs(sentence.gain))
-    factor = f"{float(f'{times:.2g}'):,.0f}" if 10 <= times < 1e9 else f"{times:.2g}"
-    became = f"{factor} times as probable" if sentence.gain >= 0 else f"1/{factor} as probable"
-    return f"{became} ({sentence.loss_before:.3f} -> {sentence.loss_folded:.3f} nats per byte)"
+    return f"{sentence.loss_before:.3f} -> {sentence.loss_folded:.3f} nats per byte"
 
 
 def marked(words: tuple[WordLoss, ...]) -> str:
