@@ -206,8 +206,9 @@ class Manifest:
         return self._edited.get(shard, {})
 
     def part(self, files: Iterable[str]) -> Manifest:
-        """A smaller manifest for some weight files of the source: the targets that concern them, and the shards of these
-        targets.
+        """A smaller manifest for some weight files of the source.
+
+        It has only the targets that concern these files, and the shards of these targets.
 
         Args:
             files: paths of the weight files in the source; unknown paths are ignored.

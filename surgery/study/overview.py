@@ -60,8 +60,8 @@ class Findings(Report):
     """The findings about all matrices together. From ``top_change`` on, entries are None if there is no tuned model.
 
     The "top" of a matrix is its first r directions. "Next" are the other reported directions, up to k. "Rest" is
-    everything after these k. Medians are over all matrices, or over the directions of all matrices. docs/study.md
-    defines the numbers of each matrix.
+    everything after these k. Medians about the update count only the matrices that changed. docs/study.md defines the
+    numbers of each matrix.
 
     Attributes:
         targets: how many matrices there are.
