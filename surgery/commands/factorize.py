@@ -170,7 +170,7 @@ def factorize(
             Without it a fold gives ``round(R + U diag(s g) V^T)``, in which some 8 to 18 % of the weights differ in
             their last bits.
         include, exclude: globs over tensor names, see ``Options``.
-        seed, tolerance: of the truncated SVD, see ``surgery.truncated_svd``.
+        seed, tolerance: seed and tolerance of the truncated SVD, see ``surgery.truncated_svd``.
         prove: prove for each matrix that no larger singular value was missed. This takes longer. If a proof fails, a
             note and ``top_k`` of the report say so.
         layout: ``residual`` is self-contained. ``overlay`` holds factors only, and the weights stay where they are. The
@@ -178,7 +178,8 @@ def factorize(
         train: what the trainable file holds: ``scales``, one multiplier for each kept direction; or ``core``, a matrix
             (k, k) between the kept directions of each matrix. Everything else that is written is the same for both.
         revision: revision of a hub model.
-        subfolder: of a folder or repository with several models, such as a diffusion pipeline.
+        subfolder: the subfolder that holds the model, in a folder or repository with several models, such as a
+            diffusion pipeline.
         device: device of the linear algebra: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps``, several as
             ``cuda:0,cuda:1``, or ``all`` CUDA devices. Each device works on one shard at a time. On a CPU, one core
             works on each matrix: the result does not depend on the number of cores.

@@ -42,7 +42,8 @@ class CoreEntry:
     """One entry of ``C - I``.
 
     Attributes:
-        row, column: from 1, in the order of the singular values.
+        row: row of the entry, from 1, in the order of the singular values.
+        column: column of the entry, from 1, in the same order.
         value: the value of the entry.
     """
 

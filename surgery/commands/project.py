@@ -91,8 +91,8 @@ def project(
     scales gives. The difference of the weights is formed first, and the rest is computed from it in float64.
 
     Both models are streamed. The memory needed is that of the largest target in both models (for a stack, of some of
-    its matrices), times the number of targets that are compared at the same time. This is one target for each core, as
-    far as half of the free memory allows.
+    its matrices), times the number of targets that are compared at the same time. surgery compares one target on each
+    core, as far as half of the free memory allows.
 
     Args:
         factorized: a folder that ``factorize`` has written.

@@ -44,7 +44,9 @@ class ScalesSummary(Report):
         trainable: how many numbers the file holds.
         changed: how many of these numbers differ from an untouched file: from 1 for scales, from the identity for
             cores.
-        least, median, most: of all scales, or of the singular values of all cores.
+        least: the smallest of all scales, or of the singular values of all cores.
+        median: their median.
+        most: the largest of them.
         largest_angle: the largest angle by which a core turns directions, in degrees; None if there are no cores.
         fingerprint: the fingerprint of the factors that the numbers belong to; None if the file does not say.
         orthogonal: whether the file also holds the parameters of orthogonal cores.

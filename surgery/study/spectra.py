@@ -130,7 +130,7 @@ def spectra(
         subspace: dimension of the leading subspaces that are compared; by default 16, or ``top`` if that is less.
         options: which weights are measured, and how accurately. It may set the options that are keywords here.
         recipe, split, include, exclude, revision, subfolder: as for ``factorize``; the revision is that of ``model``.
-        seed, tolerance: of the truncated SVD, see ``surgery.truncated_svd``.
+        seed, tolerance: seed and tolerance of the truncated SVD, see ``surgery.truncated_svd``.
         device: device of the linear algebra. On a CPU, one core works on each matrix: the numbers do not depend on the
             number of cores.
         overwrite: replace an earlier report in ``out``. The earlier report stays until the new one is complete.

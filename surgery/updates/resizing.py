@@ -57,7 +57,7 @@ class ResizedModule:
     Attributes:
         module: its name; in a file in the layout of kohya, its name in that file.
         rank_before: rank of its matrices before; for a stack of experts, the rank of each expert.
-        rank: rank of its new matrices, likewise.
+        rank: rank of its new matrices; for a stack of experts, the rank of each expert.
         kept: share of the update's squared norm that is in the kept directions; None for an update of zeros.
     """
 

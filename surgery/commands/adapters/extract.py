@@ -195,7 +195,7 @@ def extract(
             head.
         options: which weights are targets. It may set the options that are keywords here.
         recipe, include, exclude: as for ``factorize``; fused weights are not split.
-        seed, tolerance: of the approximation, see ``surgery.linalg.low_rank``.
+        seed, tolerance: seed and tolerance of the approximation, see ``surgery.linalg.low_rank``.
         revision, tuned_revision: revisions of the two models on the hub.
         subfolder: subfolder in both models, such as ``unet`` of a diffusion pipeline.
         device: device of the linear algebra, as for ``factorize``.

@@ -179,7 +179,8 @@ def merge(
         out: folder to write, empty or new.
         weights: the weight of each adapter in the sum; 1 for each by default.
         revision: revision of a hub model.
-        subfolder: of a folder or repository with several models, such as a diffusion pipeline.
+        subfolder: the subfolder that holds the model, in a folder or repository with several models, such as a
+            diffusion pipeline.
         rounding: as for ``fold``.
         dtype: the dtype to write for all weights of 16 and 32 bits; by default each keeps its own.
         dequantize: write every FP8 weight as bfloat16, or as ``dtype``, without its scales, and remove the quantization
