@@ -90,9 +90,7 @@ class SourceError(SurgeryError, OSError):
 
 
 class ReadError(SurgeryError, OSError):
-    """A file cannot be read: missing permissions, a folder in its place, a failing disk, or the file has just
-    disappeared.
-    """
+    """A file cannot be read: missing permissions, a folder in its place, a failing disk, or the file has just disappeared."""
 
 
 class FormatError(SurgeryError, ValueError):
@@ -116,7 +114,7 @@ class ResourceError(SurgeryError, RuntimeError):
 
 
 class ClusterError(SurgeryError, RuntimeError):
-    """A Ray cluster cannot be reached, has no machine to work on, or has lost a task for good."""
+    """A Ray cluster cannot be reached, has no CPU or GPU to work on, or has lost a task for good."""
 
 
 class MissingExtra(SurgeryError, ImportError):

@@ -184,7 +184,7 @@ def factorize(
             ``cuda:0,cuda:1``, or ``all`` CUDA devices. Each device works on one shard at a time. On a CPU, one core
             works on each matrix: the result does not depend on the number of cores.
         max_memory: limit of host memory in bytes. surgery processes as many matrices at the same time as fit. By
-            default the limit is half of the free memory; it is always enough for one matrix.
+            default the limit is half of the free memory, and always enough for one matrix.
         max_device_memory: the same limit for each GPU; by default four fifths of its memory.
         engine: ``local``: this process. ``ray``: each shard is a task on a Ray cluster: the one that ``RAY_ADDRESS``
             names or that runs on this machine; otherwise one on this machine alone. All machines must see ``out`` under
