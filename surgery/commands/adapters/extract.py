@@ -186,7 +186,7 @@ def extract(
         energy: keep as few directions of each weight as hold this share of its change's squared Frobenius norm.
         budget: how many numbers all pairs may have together, including zeros that pad them. surgery distributes them
             over the weights such that the pairs hold as much of all changes as possible.
-        max_rank: the most directions of a weight if no number is given; 256 if None.
+        max_rank: with an energy, a budget or the rank ``auto``, the most directions of a weight; 256 if None.
         layout: ``peft``; for a component of a diffusion pipeline also ``diffusers``, which ``load_lora_weights`` takes,
             or ``kohya``, for ComfyUI and similar tools.
         dtype: dtype of the pairs.
