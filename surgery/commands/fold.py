@@ -161,7 +161,8 @@ def fold(
             model. The same call continues after the last finished shard.
 
     Warns:
-        SurgeryWarning: see ``read_scales``.
+        SurgeryWarning: the file does not say which factors it belongs to, or has other names or shapes than the
+            targets; or as for ``read_scales``.
     """
     progress = listening()
     factorized, out = Path(factorized), Path(out)

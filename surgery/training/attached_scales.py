@@ -260,7 +260,8 @@ class Scales:
                 directions, and the model is already distributed over processes.
 
         Warns:
-            SurgeryWarning: see ``surgery.read_scales``.
+            SurgeryWarning: the file does not say which factors it belongs to, or has other names or shapes than the
+                targets; or as for ``surgery.read_scales``.
         """
         given = TrainedFile(Path(path), self._manifest)
         parameters = {key: given.parameters(self._targets[key], self._way) for key in self._homes}

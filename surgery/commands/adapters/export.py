@@ -110,7 +110,8 @@ def export(
         SurgeryError: the factorized folder or the scales are damaged, or do not belong together.
 
     Warns:
-        SurgeryWarning: see ``read_scales``.
+        SurgeryWarning: the file does not say which factors it belongs to, or has other names or shapes than the
+            targets; or as for ``read_scales``.
     """
     progress = listening()
     factorized, out = Path(factorized), Path(out)
