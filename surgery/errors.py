@@ -1,22 +1,22 @@
-"""The exception hierarchy. Every failure a user can cause or meet is one of these.
+"""The exception hierarchy. Every failure that a user can cause or meet is one of these.
 
 SurgeryError
- +-- OptionError        (ValueError)    an option or argument that makes no sense, here or at all
+ +-- OptionError        (ValueError)    an option or argument is not valid, in general or for this model
  +-- SourceError        (OSError)       the model cannot be found, reached or used
- +-- ReadError          (OSError)       a file is there, or was, and the system does not let it be read
+ +-- ReadError          (OSError)       the system does not let surgery read a file, or the file has disappeared
  +-- FormatError        (ValueError)    a file breaks its own format
- +-- WeightError        (ValueError)    a weight that cannot be factorized (NaN, infinity)
- +-- ScalesError        (ValueError)    scales that do not fit the factors
- +-- OutputError        (OSError)       the output folder or the disk under it
+ +-- WeightError        (ValueError)    a weight cannot be factorized (NaN, infinity)
+ +-- ScalesError        (ValueError)    scales do not fit the factors
+ +-- OutputError        (OSError)       the output folder, or its disk, cannot be used
  +-- ResourceError      (RuntimeError)  the system gives no more memory or threads, or a GPU fails
- +-- ClusterError       (RuntimeError)  a Ray cluster that cannot be reached, has no room, or has been lost
- +-- MissingExtra       (ImportError)   an optional package is needed for this
- +-- InstallationError  (ImportError)   another project has the same package
+ +-- ClusterError       (RuntimeError)  a Ray cluster cannot be reached, has no room, or is lost
+ +-- MissingExtra       (ImportError)   an optional package is needed
+ +-- InstallationError  (ImportError)   another project has a package of the same name
 
-SurgeryWarning          (UserWarning)   something that works but is probably not meant
+SurgeryWarning          (UserWarning)   something works, but is probably not what the user meant
 
-Where an error of the system is the reason, it is the ``__cause__``. Only mistakes in the call itself, such as an unknown
-keyword, are Python's own TypeError.
+If an error of the system is the cause, it is the ``__cause__`` of the ``SurgeryError``. Only mistakes in the call
+itself, such as an unknown keyword, raise Python's own TypeError.
 """
 
 from __future__ import annotations
@@ -49,17 +49,18 @@ _NO_THREADS = ("can't start new thread", "Resource temporarily unavailable")
 
 
 class SurgeryError(Exception):
-    """Base of all errors raised on purpose.
+    """Base of all errors that surgery raises on purpose.
 
     Args:
-        what: what went wrong, naming the file and the tensor, as one sentence without a full stop.
+        what: what went wrong, in one sentence without a full stop. It names the file and the tensor.
         got: what was found.
         expected: what would have been right.
         hint: what to do next.
 
-    Each of these is also an attribute, None if it was not given. In the text of the error each is one line, and untrusted
-    names in it are escaped, so that the text can be printed anywhere and no name can look like another line of it. Errors can
-    be pickled and sent to other processes: if ``got`` is an exception, its text is kept, in one line.
+    Each argument is also an attribute, which is None if the argument was not given. In the text of the error, each of
+    them is one line. Untrusted names in these lines are escaped: the text can be printed anywhere, and no name can look
+    like a line of the message. Errors can be pickled and sent to other processes. If ``got`` is an exception, the error
+    keeps its text, as one line.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class SurgeryError(Exception):
 
 
 class OptionError(SurgeryError, ValueError):
-    """An option or argument that makes no sense, alone or with the others."""
+    """An option or argument is not valid, alone or together with the others."""
 
 
 class SourceError(SurgeryError, OSError):
@@ -89,11 +90,11 @@ class SourceError(SurgeryError, OSError):
 
 
 class ReadError(SurgeryError, OSError):
-    """A file that cannot be read: permissions, a folder in its place, a failing disk, or it has just gone."""
+    """A file cannot be read: missing permissions, a folder in its place, a failing disk, or the file has just disappeared."""
 
 
 class FormatError(SurgeryError, ValueError):
-    """A file breaks its own format: truncated, garbage, or inconsistent."""
+    """A file breaks its own format: it is truncated, inconsistent, or not of this format at all."""
 
 
 class WeightError(SurgeryError, ValueError):
@@ -101,31 +102,34 @@ class WeightError(SurgeryError, ValueError):
 
 
 class ScalesError(SurgeryError, ValueError):
-    """Scales that do not fit the factors they are applied to."""
+    """Scales do not fit the factors that they are applied to."""
 
 
 class OutputError(SurgeryError, OSError):
-    """The output folder or the disk under it cannot be used."""
+    """The output folder, or the disk that it is on, cannot be used."""
 
 
 class ResourceError(SurgeryError, RuntimeError):
-    """The system gives no more memory, or no more threads, or a GPU fails."""
+    """The system gives no more memory or threads, or a GPU fails."""
 
 
 class ClusterError(SurgeryError, RuntimeError):
-    """A Ray cluster cannot be reached, has nothing to work on, or has lost a task for good."""
+    """A Ray cluster cannot be reached, has no CPU or GPU to work on, or has lost a task for good."""
 
 
 class MissingExtra(SurgeryError, ImportError):
-    """An optional package is needed for what was asked."""
+    """An optional package is needed for this call."""
 
 
 class InstallationError(SurgeryError, ImportError):
-    """The package ``surgery`` of this project and that of another one lie in the same folder."""
+    """This project's package ``surgery`` and another project's package ``surgery`` are installed in the same folder."""
 
 
 class SurgeryWarning(UserWarning):
-    """A note of an operation that has no ``progress``: something works but is probably not meant, or was done by itself."""
+    """A note of an operation that was called without ``progress``.
+
+    The note is about something that works but is probably not meant, or that surgery has decided by itself.
+    """
 
 
 def few(names: Iterable[object], *, most: int = 4, between: str = ", ") -> str:

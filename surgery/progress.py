@@ -26,44 +26,45 @@ _Out = TypeVar("_Out")
 
 @runtime_checkable
 class Progress(Protocol):
-    """What an operation reports. The command line turns it into a bar, or lines of a log; by default notes are warnings, and
-    the rest is ignored.
+    """Receives the progress and the notes of an operation.
 
-    Any object with these methods will do. One phase is over before the next one begins. They are called from several threads,
-    one call at a time.
+    Pass one as ``progress=``. Any object with these methods works. The command line shows the progress as a bar, or as
+    lines of a log. Without a ``Progress``, notes become warnings, and everything else is ignored.
+
+    Phases do not overlap: one ends before the next begins. Several threads call the methods, but only one at a time.
     """
 
     def start(self, label: str, total_bytes: int) -> None:
         """A phase begins.
 
         Args:
-            label: what is done in it, such as ``factorizing``.
-            total_bytes: how many bytes it will process; 0 if nobody can say how long it takes.
+            label: what the operation does in this phase, such as ``factorizing``.
+            total_bytes: how many bytes the phase will process; 0 if this is not known.
         """
 
     def item(self, name: str) -> None:
-        """What is worked on changes.
+        """The operation begins to work on another tensor or file.
 
         Args:
-            name: of the tensor or file that is worked on from now on.
+            name: its name.
         """
 
     def advance(self, n_bytes: int) -> None:
-        """Some bytes are done.
+        """More bytes are done.
 
         Args:
-            n_bytes: how many more.
+            n_bytes: how many bytes, since the last call.
         """
 
     def note(self, message: str) -> None:
-        """Something the user should know that is no error. The same message comes once only.
+        """A message that the user should know about and that is not an error. The same message comes only once.
 
         Args:
-            message: one sentence in one line, in which untrusted names are escaped.
+            message: one sentence on one line. Untrusted names in it are escaped.
         """
 
     def finish(self) -> None:
-        """The phase is over, whether it succeeded or failed."""
+        """The phase has ended, with success or with an error."""
 
 
 @contextmanager
@@ -77,7 +78,7 @@ def phase(progress: Progress, label: str, total_bytes: int = 0) -> Iterator[None
 
 
 class Silent:
-    """A ``Progress`` that shows nothing and keeps the notes.
+    """A ``Progress`` that shows nothing and collects the notes.
 
     Attributes:
         notes: the messages so far, in order.

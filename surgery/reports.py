@@ -17,19 +17,20 @@ NOT_IN_JSON: Mapping[str, str | None] = {_NAME: None}
 
 
 class Report:
-    """Base of all reports, which are frozen dataclasses.
+    """Base class of all reports. A report is a frozen dataclass.
 
     Attributes:
-        schema_version: of the JSON: another one when an entry is gone, or means something else; not when one is new.
+        schema_version: version of the JSON: it changes when an entry is removed or gets another meaning, and not when
+            an entry is added.
     """
 
     __slots__ = ()
     schema_version: ClassVar[int] = 1
 
     def as_json(self) -> dict[str, Any]:
-        """The report as dict, list, str, int, float, bool and None, with its ``schema_version`` first.
+        """The report as dict, list, str, int, float, bool and None. ``schema_version`` comes first.
 
-        A path is a string. A number that is not finite, which JSON does not have, is None.
+        A path becomes a string. A number that is not finite becomes None, because JSON has no such numbers.
         """
         return {"schema_version": self.schema_version, **_entries(self)}
 

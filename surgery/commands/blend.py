@@ -32,13 +32,14 @@ class BlendReport(Report):
 
     Attributes:
         out: the file.
-        weights: of the files, as used: their sum is 1.
-        space: in which the mean was taken.
-        train: what it is the mean of: ``scales``, or ``core`` for cores.
-        targets: how many there are.
-        trainable: how many numbers.
-        changed: how many of them are not as in an untouched file: not 1, or not those of the identity.
-        fingerprint: of the factors that they belong to; None where no file says.
+        weights: the weights of the files, as they were used: their sum is 1.
+        space: the space in which the mean was taken.
+        train: what the file holds: ``scales``, or ``core`` for cores.
+        targets: how many targets there are.
+        trainable: how many numbers the file holds.
+        changed: how many of these numbers differ from an untouched file: from 1 for scales, from the identity for
+            cores.
+        fingerprint: the fingerprint of the factors that the numbers belong to; None if no file gives it.
     """
 
     out: Path
@@ -64,34 +65,37 @@ def blend(
 ) -> BlendReport:
     """Write the weighted mean of scales files that belong to the same factors.
 
-    With weights w of sum 1 a scale becomes ``sum_j w_j g_j``, in log space ``exp(sum_j w_j log g_j)``, and a core
-    ``sum_j w_j C_j``, computed in float64 and rounded once. Where some files hold scales and others cores, scales g are the
-    cores ``diag(g)``. As a folded weight is linear in its scales or core, the linear mean is that of the folded models.
-    A weight may be negative in either space: it takes a training away from the others. What a training keeps for itself in a
-    file, such as which directions it has chosen, is not in the blend. The factorized checkpoint is not needed.
+    With weights w of sum 1, a scale becomes ``sum_j w_j g_j``, or in log space ``exp(sum_j w_j log g_j)``. A core
+    becomes ``sum_j w_j C_j``. If some files hold scales and others cores, scales g count as the cores ``diag(g)``. The
+    mean is computed in float64 and rounded once.
+
+    A folded weight is linear in its scales or core. So the linear mean gives the mean of the folded models. A weight
+    may be negative, in either space: then the effect of that training is subtracted. What a training stores for itself
+    in a file, such as its choice of directions, is not in the blend. The factorized checkpoint is not needed.
 
     Args:
-        files: one scales file or more, or folders of adapters as for ``show_scales``.
+        files: one or more scales files, or folders of adapters as for ``show_scales``.
         out: the file to write.
-        weights: one for each file, finite, scaled so that they sum to 1; all the same by default.
-        space: ``linear`` or ``log``, which only scales have.
-        factorized: the checkpoint, where an adapter does not name its weights itself, see ``show_scales``.
-        overwrite: replace ``out`` if it is there.
-        progress: told what the user should know; without it that is a ``SurgeryWarning``.
+        weights: one finite number for each file. surgery scales them to the sum 1. By default all are equal.
+        space: ``linear``, or ``log``, which works for scales only.
+        factorized: the checkpoint, if an adapter does not name its weights itself, see ``show_scales``.
+        overwrite: replace ``out`` if it exists.
+        progress: receives the notes. Without it, each note is a ``SurgeryWarning``.
 
     Returns:
         What was written, with the weights as they were used.
 
     Raises:
-        OptionError: no files, another number of weights than files, or weights whose sum is not positive.
-        ScalesError: the files are not of the same factors, names or shapes; a scale that is not positive, or a core, in log
-            space; a mean beyond the range of float32.
+        OptionError: there are no files, the numbers of weights and files differ, or the sum of the weights is not
+            positive.
+        ScalesError: the files have different factors, names or shapes; or, in log space, a scale is not positive or a
+            file holds cores; or a mean is outside the range of float32.
         FormatError: a file is damaged.
-        OutputError: ``out`` is there already, is one of the files, or cannot be written.
+        OutputError: ``out`` exists already, is one of the files, or cannot be written.
 
     Warns:
-        SurgeryWarning: a file does not say which factors it belongs to, or holds half-precision values, or numbers that do not
-            look like multipliers.
+        SurgeryWarning: a file does not say which factors it belongs to, or holds half-precision values, or numbers that
+            do not look like multipliers.
     """
     shares = _normalised(weights, len(files))
     given, out = [Path(file) for file in files], Path(out)

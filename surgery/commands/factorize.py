@@ -37,18 +37,18 @@ class FactorizeReport(Report):
     Attributes:
         out: the folder.
         layout: ``residual`` or ``overlay``.
-        fingerprint: of the factors; scales carry it.
-        device: what the linear algebra ran on.
-        targets: how many tensors, or slices of one, have been factorized.
-        matrices: how many matrices these are: a stack has several.
+        fingerprint: the fingerprint of the factors, which scales files record.
+        device: the device of the linear algebra.
+        targets: how many tensors, or slices of tensors, have been factorized.
+        matrices: how many matrices the targets have: a stack has several.
         skipped: how many tensors were passed over.
         train: what the trainable file holds: ``scales``, or ``core`` for cores.
         trainable: how many numbers there are to train.
         converged: whether the SVD of every target reached the tolerance.
-        unconverged: the keys of those that did not.
-        top_k: of how many matrices it is known that no larger singular value was missed.
-        bytes_written: of all files but the manifest and the scales.
-        manifest: all that is known of it, as written.
+        unconverged: the keys of the targets whose SVD did not.
+        top_k: for how many matrices it is known that no larger singular value was missed.
+        bytes_written: size of all files except the manifest and the scales.
+        manifest: the whole manifest, as written.
     """
 
     out: Path
@@ -83,23 +83,24 @@ def plan(
     progress: Progress | None = None,
     **keywords: Unpack[OptionKeywords],
 ) -> Plan:
-    """What ``factorize`` would do with the same arguments, from headers.
+    """What ``factorize`` would do with the same arguments, from headers. Nothing is written.
 
-    Of a model that is here, weights that may be one parameter, stored twice, are compared. Nothing is written.
+    In a local model, surgery also compares weights that may be one parameter stored twice.
 
     Args:
         model, layout, train, revision, subfolder: see ``factorize``.
         options, rank, energy, max_rank, recipe, split, correction, include, exclude, seed, tolerance, prove: see
             ``factorize``.
-        device, max_memory, max_device_memory, stream: see ``factorize``; on them depend memory and room on the disk alone.
-        progress: told the notes that the plan holds; without it each is a ``SurgeryWarning``.
+        device, max_memory, max_device_memory, stream: see ``factorize``; they change only the estimates of memory and
+            disk space.
+        progress: receives the notes that the plan holds. Without it, each note is a ``SurgeryWarning``.
 
     Returns:
-        The targets by weight file, what is passed over and why, notes, and upper estimates of bytes.
+        The targets by weight file, the tensors that are passed over and why, notes, and upper estimates of bytes.
 
     Raises:
-        OptionError: an option makes no sense, for any model or for this one, or nothing is selected.
-        SourceError: the model cannot be had, or is quantized in a way that is not supported.
+        OptionError: an option is not valid, in general or for this model, or no weight is selected.
+        SourceError: the model cannot be found or used, or is quantized in a way that is not supported.
         ReadError, FormatError: a file cannot be read, or is damaged.
     """
     progress = listening()
@@ -144,66 +145,74 @@ def factorize(
     timing: Timing | None = None,
     **keywords: Unpack[OptionKeywords],
 ) -> FactorizeReport:
-    """Write the factorized form of a checkpoint (docs/format.md) and the trainable file: scales, all ones, or untouched cores.
+    """Write the factorized form of a checkpoint (docs/format.md), and a trainable file: scales, all ones, or untouched cores.
 
-    Each matrix W (m, n) of a target becomes U (m, k), s (k,), V (n, k), float32, and in the residual layout the residual
-    ``round(W - U diag(s) V^T)`` in the dtype of W together with what makes W recoverable bit for bit. Shards are
-    streamed: the memory needed is set by the largest target and by how many are worked on at a time.
+    Each matrix W (m, n) of a target becomes U (m, k), s (k,) and V (n, k), all float32. In the residual layout, surgery
+    also writes the residual ``round(W - U diag(s) V^T)`` in the dtype of W, and the correction that makes W recoverable
+    bit for bit. Shards are streamed. The memory needed depends on the largest target, and on how many targets are
+    processed at the same time.
 
     Args:
         model: local folder or Hugging Face repo id.
         out: folder to write, empty or new.
-        options: what chooses the weights, and how accurately they are factorized. Each field may be given as a keyword as
-            well, alone or where ``options`` does not set it.
-        rank: k, directions to keep of each matrix, at most the smaller side; 16 if neither it, nor an energy, nor the
-            recipe says anything.
-        energy: keep as few directions of each target as hold this share of its squared Frobenius norm instead.
-        max_rank: the most directions then; 256 if not given. Targets that would need more are named in a note.
-        recipe: name or file of a recipe (``surgery.planning.recipes``); the one of the model's family by default.
-        split: split fused weights into their projections, where the recipe knows them; as the recipe says by default.
-        correction: with the residual layout, keep what makes it lossless: 0.06 to 0.15 bytes per weight. Without it a
-            fold gives ``round(R + U diag(s g) V^T)``, in which some 8 to 18 % of the weights differ in their last bits.
+        options: which weights are factorized, and how accurately. Each field may also be given as a keyword: alone, or
+            if ``options`` does not set it.
+        rank: k, the directions to keep of each matrix, at most its smaller side. The rank is 16 if neither a rank nor
+            an energy is given and the recipe has none.
+        energy: use this in place of a rank: keep as few directions of each target as hold this share of its squared
+            Frobenius norm.
+        max_rank: with an energy, the most directions to keep; 256 by default. A note names targets that would need
+            more.
+        recipe: name or file of a recipe (``surgery.planning.recipes``). By default surgery takes the recipe of the
+            model's family.
+        split: split fused weights into their projections, where the recipe knows them. By default the recipe decides.
+        correction: with the residual layout, keep the correction that makes it lossless: 0.06 to 0.15 bytes per weight.
+            Without it a fold gives ``round(R + U diag(s g) V^T)``, in which some 8 to 18 % of the weights differ in
+            their last bits.
         include, exclude: globs over tensor names, see ``Options``.
-        seed, tolerance: of the truncated SVD, see ``surgery.truncated_svd``.
-        prove: prove of each matrix that no larger singular value was missed, which takes longer. Where it cannot be proven, a
-            note says so, and ``top_k`` of the report.
-        layout: ``residual``, self-contained, or ``overlay``, factors only, the weights staying where they are; the
-            residual one by default, the overlay where targets are FP8.
-        train: what the trainable file holds: ``scales``, one multiplier for each kept direction, or ``core``, a matrix (k, k)
-            between the kept directions of each matrix. The factors are the same for both, and so is all else that is written.
-        revision: of a hub model.
-        subfolder: of a folder or repository with several models, such as a diffusion pipeline.
-        device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps``, several as ``cuda:0,cuda:1``, or ``all`` CUDA devices;
-            where the linear algebra runs, a shard at a time on each. On a CPU each matrix is the work of one core: the
-            result does not depend on how many there are.
-        max_memory: bytes of host memory to keep to; as many matrices are worked on at a time as fit. By default half of
-            what is free, and always enough for one.
-        max_device_memory: the same of each GPU, by default four fifths of what it has.
-        engine: ``local``, this process; or ``ray``: each shard is a task on the cluster that ``RAY_ADDRESS`` names or that
-            runs on this machine, else on one of this machine alone. All machines must see ``out`` under the same path, and
-            a local model as well.
-        stream: fetch each weight file of a hub model when its turn comes, and drop it when it has been read: beside the
-            result the disk holds one file more than there are devices. Without it the model stays in the hub's cache.
-        push_to_hub: repo id that the result is uploaded to as well, each shard when it is finished. An earlier result of
-            surgery there is replaced.
-        private: whether a repository that is created for it is private.
-        overwrite: replace an earlier result in ``out``, which stays as it is until the new one is whole.
-        progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
-        timing: told where the time goes.
+        seed, tolerance: seed and tolerance of the truncated SVD, see ``surgery.truncated_svd``.
+        prove: prove for each matrix that no larger singular value was missed. This takes longer. If a proof fails, a
+            note and ``top_k`` of the report say so.
+        layout: ``residual`` is self-contained. ``overlay`` holds factors only, and the weights stay where they are. The
+            default is ``residual``, or ``overlay`` if targets are FP8.
+        train: what the trainable file holds: ``scales``, one multiplier for each kept direction; or ``core``, a matrix
+            (k, k) between the kept directions of each matrix. Everything else that is written is the same for both.
+        revision: revision of a hub model.
+        subfolder: the subfolder that holds the model, in a folder or repository with several models, such as a
+            diffusion pipeline.
+        device: device of the linear algebra: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, ``mps``, several as
+            ``cuda:0,cuda:1``, or ``all`` CUDA devices. Each device works on one shard at a time. On a CPU, one core
+            works on each matrix: the result does not depend on the number of cores.
+        max_memory: limit of host memory in bytes. surgery processes as many matrices at the same time as fit. By
+            default the limit is half of the free memory, and always enough for one matrix.
+        max_device_memory: the same limit for each GPU; by default four fifths of its memory.
+        engine: ``local``: this process. ``ray``: each shard is a task on a Ray cluster: the one that ``RAY_ADDRESS``
+            names or that runs on this machine; otherwise one on this machine alone. All machines must see ``out`` under
+            the same path, and a local model as well.
+        stream: download each weight file of a hub model when it is needed, and delete it after it has been read. Beside
+            the result, the disk then holds one file more than there are devices. Without it the model stays in the
+            hub's cache.
+        push_to_hub: id of a hub repository to which surgery also uploads the result, each shard when it is finished. An
+            earlier result of surgery there is replaced.
+        private: whether a repository that surgery creates for this is private.
+        overwrite: replace an earlier result in ``out``. The earlier result stays until the new one is complete.
+        progress: receives the progress and the notes. Without it, each note is a ``SurgeryWarning``.
+        timing: records how long each stage takes.
 
     Returns:
-        What has been written, or what was there if ``out`` holds the complete result of the same run; with the manifest. An
-        untouched trainable file of the other kind that is there is written again.
+        What was written, with the manifest. If ``out`` holds the complete result of the same run already, the report is
+        about this result. If ``train`` differs from the trainable file there, surgery writes this file again, provided
+        that it is untouched.
 
     Raises:
-        OptionError, SourceError, ReadError, FormatError: as ``plan``.
+        OptionError, SourceError, ReadError, FormatError: as for ``plan``.
         WeightError: a weight holds NaN or infinity, or a residual would overflow.
-        OutputError: ``out`` holds something else, or trained numbers of the other kind; it is in use, or the disk is full or
-            fails.
+        OutputError: ``out`` holds something else, or trained numbers of the other kind; or it is in use, or the disk is
+            full or fails.
         ClusterError: with Ray, the cluster cannot be reached or is lost.
         MissingExtra: Ray is not installed.
-        SurgeryError: any of these. What has been written by then has no manifest and no ``config.json``,
-            and so is taken for a checkpoint by nobody; the same call goes on after the last finished shard.
+        SurgeryError: any of these. An unfinished folder has no manifest and no ``config.json``, so nothing accepts it
+            as a checkpoint. The same call continues after the last finished shard.
     """
     progress = listening()
     chosen = chosen_options("factorize", OptionKeywords, options, keywords)

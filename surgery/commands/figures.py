@@ -25,9 +25,9 @@ class Direction:
     """One number of a scales file.
 
     Attributes:
-        target: its key.
-        matrix: which matrix of a stack, from 0; None where the target is no stack.
-        direction: from 1, as singular values are counted.
+        target: the key of the target.
+        matrix: which matrix of a stack, from 0; None if the target is not a stack.
+        direction: number of the direction, from 1, in the order of the singular values.
         g: the scale.
     """
 
@@ -42,8 +42,9 @@ class CoreEntry:
     """One entry of ``C - I``.
 
     Attributes:
-        row, column: from 1, as singular values are counted.
-        value: of it.
+        row: row of the entry, from 1, in the order of the singular values.
+        column: column of the entry, from 1, in the same order.
+        value: the value of the entry.
     """
 
     row: int
@@ -56,12 +57,14 @@ class ShownCore:
     """What one core does.
 
     Attributes:
-        target: its key.
-        matrix: which matrix of a stack, from 0; None where the target is no stack.
-        distance: ``||C - I||``, Frobenius.
-        least, most: its singular values are between these.
-        angles: of its turn, in degrees, the largest first: those of the eigenvalues of its polar factor, one for each pair.
-        entries: the largest of ``C - I``, first the largest; none that are 0.
+        target: the key of the target.
+        matrix: which matrix of a stack, from 0; None if the target is not a stack.
+        distance: ``||C - I||`` in the Frobenius norm.
+        least: the smallest singular value of the core.
+        most: the largest singular value of the core.
+        angles: by which angles the core turns, in degrees, the largest first: the angles of the eigenvalues of its
+            polar factor, one for each pair.
+        entries: the largest entries of ``C - I``, the largest first; without entries that are 0.
     """
 
     target: str
@@ -75,13 +78,13 @@ class ShownCore:
 
 @dataclass(frozen=True, slots=True)
 class ChosenDirections:
-    """The directions of one matrix that are trained, of those that are kept.
+    """The kept directions of one matrix that are trained.
 
     Attributes:
-        target: its key.
-        matrix: which matrix of a stack, from 0; None where the target is no stack.
-        rank: how many are kept.
-        directions: the trained ones, from 1, ascending.
+        target: the key of the target.
+        matrix: which matrix of a stack, from 0; None if the target is not a stack.
+        rank: how many directions are kept.
+        directions: the numbers of the trained directions, from 1, ascending.
     """
 
     target: str

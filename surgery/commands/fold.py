@@ -55,22 +55,23 @@ class FoldReport(Report):
 
     Attributes:
         out: the folder.
-        files: its weight files.
-        targets: how many tensors had scales or cores.
-        changed: how many of them had scales other than 1, or a core other than the identity.
+        files: the weight files that were written.
+        targets: how many targets there are.
+        changed: how many targets have scales other than 1, or a core other than the identity.
         shards: how many weight files there are.
-        restored: how many of them are the source's own, bit for bit.
-        lossless: whether untouched weights are the source's: not after ``--no-correction``.
+        restored: how many weight files are identical to the source's, bit for bit.
+        lossless: whether a weight with untouched scales equals the source's weight; false after ``--no-correction``.
         dequantized: whether FP8 weights have become bfloat16.
         adapted: how many tensors a LoRA adapter changed.
         merged: these tensors.
-        kept: share of the update that is in the weights after rounding, ``<W_out - W, D> / <D, D>`` over all targets where W
-            are the source's weights and D is the update; null if nothing was changed.
-        kept_least: the smallest share that is left of the update of any target.
+        kept: share of the update that is in the weights after rounding: ``<W_out - W, D> / <D, D>`` over all targets,
+            where W are the source's weights and D is the update; None if nothing was changed.
+        kept_least: the smallest such share of any target.
         kept_least_in: the key of that target.
-        error: what is wrong within the directions of the update, of all that was rounded in them: ``||P^T (W_out - W - D) Q||``
-            relative to the update, in Frobenius norms; null if all was rounded to nearest.
-        bytes_written: of its weight files.
+        error: for weights that were rounded in the directions of the update, the error within these directions:
+            ``||P^T (W_out - W - D) Q||`` relative to the update, in Frobenius norms; None if all weights were rounded
+            to nearest.
+        bytes_written: size of the weight files.
     """
 
     out: Path
@@ -111,52 +112,57 @@ def fold(
     progress: Progress | None = None,
     timing: Timing | None = None,
 ) -> FoldReport:
-    """Write dense weights ``round(W + U diag(s (g - 1)) V^T + B A)`` under the source's names, dtypes and shards.
+    """Write dense weights ``round(W + U diag(s (g - 1)) V^T + B A)`` with the source's tensor names, dtypes and shards.
 
-    With cores it is ``round(W + U diag(sqrt s) (C - I) diag(sqrt s) V^T + B A)``; scales g are the cores ``diag(g)``. W is
-    recovered bit for bit and the update added with one rounding at the end, so a target whose scales are all 1, or whose core
-    is the identity, keeps its bytes. A residual without a correction gives ``round(R + U diag(s g) V^T)`` instead, or the same
-    with a core. ``B A`` is the update of a LoRA adapter, if one is given, scaled by its alpha.
+    With cores, surgery writes ``round(W + U diag(sqrt s) (C - I) diag(sqrt s) V^T + B A)``; scales g are the cores
+    ``diag(g)``. ``B A`` is the update of a LoRA adapter, if one is given, scaled by its alpha.
+
+    W is recovered bit for bit. The update is added with one rounding at the end. So a target whose scales are all 1, or
+    whose core is the identity, keeps its bytes. If the residual has no correction, surgery writes
+    ``round(R + U diag(s g) V^T)``, or the same with a core.
 
     Args:
-        factorized: a folder written by ``factorize``.
-        scales: a scales file or a folder that holds one, or for the key of each target ``g``, (k,), or (B, k) for a stack; or
-            for each its core ``C``, (k, k), or (B, k, k). Or the folder of an adapter that PEFT has trained and that ``export``
-            has written, as ``peft-trainable`` or ``peft-pissa``.
+        factorized: a folder that ``factorize`` has written.
+        scales: a scales file, or a folder that holds one; or a mapping of the key of each target to ``g``, (k,), or (B,
+            k) for a stack, or to its core ``C``, (k, k), or (B, k, k) for a stack. Or the folder of an adapter that
+            ``export`` has written as ``peft-trainable`` or ``peft-pissa`` and that PEFT has trained.
         out: folder to write, empty or new.
-        base: for an overlay, the model it was made from (folder or hub id), if the one that the manifest names is
-            not to be used.
+        base: for an overlay, the model that it was made from (folder or hub id). By default the one that the manifest
+            names.
         lora: folder of a LoRA adapter that was trained together with the scales or cores, as PEFT saves it.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, several as ``cuda:0,cuda:1``, or ``all`` CUDA devices.
-        max_memory, max_device_memory, engine: as for ``factorize``; with Ray all machines must see ``factorized`` as well.
-        dequantize: write every quantized weight as bfloat16, without its scales, and drop the quantization from the config;
-            otherwise a changed one is quantized again.
-        rounding: of changed weights: ``nearest``, each number to the nearest one; or ``directions``, so that as much of the
-            update as can be arrives in the directions that it has (docs/lossless.md). By default ``directions`` for quantized
-            weights, and for others where ``nearest`` would keep less than 99.5 % of the update of a matrix, by a sample.
-        stream: for an overlay, fetch each weight file of the base from the hub when its turn comes, and drop it when it has
-            been read.
+        max_memory, max_device_memory, engine: as for ``factorize``. With Ray, all machines must also see
+            ``factorized``.
+        dequantize: write every quantized weight as bfloat16, without its scales, and remove the quantization from the
+            config. Otherwise a changed weight is quantized again.
+        rounding: how changed weights are rounded. ``nearest``: each number to the nearest one. ``directions``: such
+            that as much of the update as possible is kept in its directions (docs/lossless.md). The default is
+            ``directions`` for quantized weights. For other weights it is ``directions`` if a sample shows that
+            ``nearest`` would keep less than 99.5 % of the update of a matrix, and ``nearest`` otherwise.
+        stream: for an overlay, download each weight file of the base from the hub when it is needed, and delete it
+            after it has been read.
         push_to_hub, private: as for ``factorize``.
-        overwrite: replace an earlier result in ``out``, which stays as it is until the new one is whole.
-        progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
-        timing: told where the time goes.
+        overwrite: replace an earlier result in ``out``. The earlier result stays until the new one is complete.
+        progress: receives the progress and the notes. Without it, each note is a ``SurgeryWarning``.
+        timing: records how long each stage takes.
 
     Returns:
-        What was written, or is there already if ``out`` holds this very fold.
+        What was written. If ``out`` holds the result of the same fold already, the report is about this result.
 
     Raises:
-        SourceError: the folder is no factorized checkpoint, or the base is not there or another model.
-        ScalesError: the scales or cores are not those of this checkpoint, or not finite.
-        OptionError: an option makes no sense for this checkpoint, or the adapter is of a kind that cannot be folded.
+        SourceError: the folder is not a factorized checkpoint; or the base does not exist, or is another model.
+        ScalesError: the scales or cores do not belong to this checkpoint, or are not finite.
+        OptionError: an option is not valid for this checkpoint, or the adapter is of a kind that cannot be folded.
         ReadError, FormatError: a file cannot be read, or is damaged.
-        OutputError: ``out`` holds something else, is in use, or the disk is full or fails.
+        OutputError: ``out`` holds something else or is in use, or the disk is full or fails.
         ClusterError: with Ray, the cluster cannot be reached or is lost.
-        MissingExtra: Ray is not installed, or transformers, which an adapter needs.
-        SurgeryError: any of these. ``config.json`` comes last, so no loader takes what is there by then
-            for a model; the same call goes on after the last finished shard.
+        MissingExtra: Ray is not installed; or transformers, which an adapter needs, is not installed.
+        SurgeryError: any of these. ``config.json`` is written last, so no loader accepts an unfinished folder as a
+            model. The same call continues after the last finished shard.
 
     Warns:
-        SurgeryWarning: see ``surgery.format.scales.reading.read_scales``.
+        SurgeryWarning: the file does not say which factors it belongs to, or has other names or shapes than the
+            targets; or as for ``read_scales``.
     """
     progress = listening()
     factorized, out = Path(factorized), Path(out)

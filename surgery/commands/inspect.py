@@ -16,30 +16,38 @@ from surgery.reports import NOT_IN_JSON, Report
 
 @dataclass(frozen=True, slots=True)
 class InspectedTarget:
-    """A factorized tensor, or a slice of one.
+    """A target of a factorized checkpoint, with the accuracy of its SVD.
 
     Attributes:
-        key: its name among factors and scales.
-        tensor: its name in the checkpoint.
-        slice: the part of it that is meant, such as ``q`` of a fused projection; None for all of it.
+        key: its key among factors and scales.
+        tensor: the name of its tensor in the checkpoint.
+        slice: the slice of the tensor that is the target, such as ``q`` of a fused projection; None if the whole tensor
+            is.
         shard: the weight file that it is in.
-        shape, dtype: of the tensor, as in the source.
-        view: how it is seen: ``matrix``, ``stack`` or ``convolution``.
-        matrices: B, m, n: how many matrices, and their shape.
-        rank: directions kept of each.
+        shape: the shape of the tensor in the source.
+        dtype: the dtype of the tensor in the source.
+        view: how the tensor is seen: ``matrix``, ``stack`` or ``convolution``.
+        matrices: B, m, n: the number of matrices and their shape (m, n).
+        rank: how many directions are kept of each matrix.
         energy: share of the squared Frobenius norm in the kept part.
-        s_first, s_last: largest and smallest kept singular value.
-        s_last_error: the share of ``s_last`` that is in doubt, at the most.
-        inexact: share of the entries that residual and factors alone do not give back; None in the overlay layout.
+        s_first: the largest kept singular value.
+        s_last: the smallest kept singular value.
+        s_last_error: an upper bound on the relative error of ``s_last``.
+        inexact: share of the entries that residual and factors alone do not give back exactly; None in the overlay
+            layout.
         converged: whether the SVD reached the tolerance.
-        method: of the SVD; several, where the matrices of a stack differ in it.
-        passes: over the matrix, or over those of a stack together.
+        method: method of the SVD; several if the matrices of a stack differ in it.
+        passes: number of passes over the matrix; for a stack, the sum over its matrices.
         max_residual: the largest residual of a kept direction, over s_1.
-        undetermined: how many kept directions the matrix does not determine: no gap to the next value, or none that is known.
-        top_k: whether the kept values are the largest: ``proven``, ``likely`` or ``unknown``. The worst of its matrices.
-        margin: how far above ``s_last`` one that was missed may lie, over s_1; None where it is unknown. The worst as well.
-        chance: that this is wrong: 0 where it is proven, 1 where it is unknown.
-        aliases: the tensors that hold the same parameter once more, and are edited together with it.
+        undetermined: how many kept directions the matrix does not determine: the gap to the next singular value is too
+            small or not known.
+        top_k: whether the kept values are the largest: ``proven``, ``likely`` or ``unknown``. For a stack, the worst of
+            its matrices.
+        margin: how far above ``s_last`` a singular value that was missed may lie, over s_1; None if ``top_k`` is
+            ``unknown``. For a stack, the worst of its matrices.
+        chance: an upper bound on the probability that this is wrong: 0 if ``top_k`` is ``proven``, 1 if it is
+            ``unknown``.
+        aliases: the other tensors that hold the same parameter and are changed together with it.
     """
 
     key: str
@@ -98,19 +106,19 @@ class InspectedTarget:
 
 @dataclass(frozen=True, slots=True)
 class InspectReport(Report):
-    """What a factorized checkpoint is.
+    """The contents of a factorized checkpoint.
 
     Attributes:
         layout: ``residual`` or ``overlay``.
-        lossless: whether a fold with untouched scales gives the source back.
-        source: where the weights came from.
-        fingerprint: of the factors; scales carry it.
-        train: what its scales file holds: ``scales``, or ``core`` for cores; None where there is none that can be read.
-        trainable: how many numbers there are to train; of scales, where there is no such file.
-        top_k: of how many matrices it is known that no larger singular value was missed.
+        lossless: whether a fold with untouched scales gives the source back, bit for bit.
+        source: the model that was factorized.
+        fingerprint: the fingerprint of the factors, which scales files record.
+        train: what the scales file holds: ``scales``, or ``core`` for cores; None if there is no file that can be read.
+        trainable: how many numbers there are to train; without a scales file, the number of scales.
+        top_k: for how many matrices it is known that no larger singular value was missed.
         targets: what has been factorized.
-        skipped: what was passed over.
-        manifest: all of the manifest.
+        skipped: the tensors that were passed over.
+        manifest: the whole manifest.
     """
 
     layout: str
@@ -127,13 +135,15 @@ class InspectReport(Report):
 
 @on_its_own_terms
 def inspect(factorized: str | Path) -> InspectReport:
-    """What a factorized checkpoint holds, from its manifest, and the header of its scales file. No other file of it is read.
+    """What a factorized checkpoint holds, from its manifest and the header of its scales file.
+
+    No other file of the checkpoint is read.
 
     Args:
-        factorized: a folder written by ``factorize``.
+        factorized: a folder that ``factorize`` has written.
 
     Returns:
-        What the manifest says. Its entries have been checked against one another, but not against the files.
+        What the manifest says. Its entries have been checked against each other, but not against the files.
 
     Raises:
         SurgeryError: see ``Manifest.read``.

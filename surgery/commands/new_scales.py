@@ -21,9 +21,9 @@ class NewScales(Report):
     Attributes:
         out: the file.
         train: what it holds: ``scales``, or ``core`` for cores.
-        targets: how many there are.
-        trainable: how many numbers.
-        fingerprint: of the factors that they belong to.
+        targets: how many targets there are.
+        trainable: how many numbers the file holds.
+        fingerprint: the fingerprint of the factors that they belong to.
     """
 
     out: Path
@@ -44,22 +44,23 @@ def new_scales(
 ) -> NewScales:
     """Write an untouched scales file of a factorized checkpoint: scales that are all 1, or cores that are the identity.
 
-    Of the checkpoint only the manifest is read.
+    Only the manifest of the checkpoint is read.
 
     Args:
-        factorized: a folder written by ``factorize``.
+        factorized: a folder that ``factorize`` has written.
         out: the file to write; may be ``surgery/scales.safetensors`` in the folder.
-        train: ``scales``: for each target g, float32 (k,), or (B, k) for a stack; ``core``: C, (k, k), or (B, k, k).
-        overwrite: replace ``out`` if it is there.
-        progress: told what the user should know; without it that is a ``SurgeryWarning``.
+        train: ``scales``: for each target g, float32 (k,), or (B, k) for a stack. ``core``: for each target C, float32
+            (k, k), or (B, k, k) for a stack.
+        overwrite: replace ``out`` if it exists.
+        progress: receives the notes. Without it, each note is a ``SurgeryWarning``.
 
     Returns:
         What was written.
 
     Raises:
-        OptionError: there is nothing of that name to train.
-        OutputError: ``out`` is there already, lies in the folder, or cannot be written.
-        SurgeryError: the folder is no factorized checkpoint; see ``Manifest.read``.
+        OptionError: ``train`` is neither of the two.
+        OutputError: ``out`` exists already, lies elsewhere in the folder, or cannot be written.
+        SurgeryError: the folder is not a factorized checkpoint; see ``Manifest.read``.
     """
     factorized, out = Path(factorized), Path(out)
     manifest = Manifest.read(factorized)

@@ -29,11 +29,12 @@ class Projection:
     """How far a fine-tuned weight W_t is from the original W, and how much of that scales or cores can express.
 
     Attributes:
-        key: of the target, or of all.
-        change: ``||W_t - W|| / ||W||``, Frobenius norms; None where W is zero and W_t is not.
-        explained: the share of ``||W_t - W||^2`` that the scales or cores take away; None where nothing has changed.
-        explained_by_scales: the share that scales of the same directions take away, the same for scales.
-        largest: the largest ``|g - 1|`` of scales, the largest entry of ``|C - I|`` of cores.
+        key: the key of the target, or ``all`` for the total.
+        change: ``||W_t - W|| / ||W||`` in Frobenius norms; None if W is zero and W_t is not.
+        explained: the share of ``||W_t - W||^2`` that the scales or cores remove; None if nothing has changed.
+        explained_by_scales: the share that scales of the same directions would remove; for scales it equals
+            ``explained``.
+        largest: for scales the largest ``|g - 1|``, for cores the largest entry of ``|C - I|``.
     """
 
     key: str
@@ -49,11 +50,11 @@ class ProjectReport(Report):
 
     Attributes:
         out: the scales file.
-        fingerprint: of the factors that they belong to.
-        train: whether it has scales or cores.
-        trainable: how many scales, or numbers in cores.
-        targets: each of them, in the order of the manifest.
-        total: all of them together, as if they were one long vector.
+        fingerprint: the fingerprint of the factors that the scales belong to.
+        train: what the file holds: ``scales``, or ``core`` for cores.
+        trainable: how many scales, or numbers in cores, there are.
+        targets: the targets, in the order of the manifest.
+        total: all targets together, as if they were one long vector.
     """
 
     out: Path
@@ -78,41 +79,46 @@ def project(
 ) -> ProjectReport:
     """Write the scales or cores that bring a factorized checkpoint closest to a fully fine-tuned model.
 
-    Scales are ``g_i = 1 + u_i^T (W_t - W) v_i / s_i``. As ``u_i v_i^T`` are orthonormal matrices, this is the one minimiser of
-    ``||W + U diag(s (g - 1)) V^T - W_t||``, the Frobenius norm; where s_i is 0, or so small that g_i is beyond float32,
-    g_i has no use and stays 1. Cores (Balazy et al., LoRA-XS, arXiv 2405.17604) are ``C = I + U^T (W_t - W) V / sqrt(s s^T)``,
-    entry by entry, for the same reason the one minimiser of ``||W + U diag(sqrt s) (C - I) diag(sqrt s) V^T - W_t||``; an entry
-    without use stays that of I. W is the original weight, for FP8 in float32; for a residual without a correction it is
-    what a fold with untouched scales gives. Computed in float64 from the difference of the weights.
+    Scales are ``g_i = 1 + u_i^T (W_t - W) v_i / s_i``. The ``u_i v_i^T`` are orthonormal matrices, so this is the
+    unique minimizer of ``||W + U diag(s (g - 1)) V^T - W_t||`` in the Frobenius norm. If s_i is 0, or so small that g_i
+    is outside the range of float32, g_i has no effect and stays 1.
 
-    Streams both models: the memory needed is that of the largest target, for a stack of some of its matrices, in both; as
-    often as targets are compared at a time, one on each core as far as half of the free memory allows.
+    Cores (Balazy et al., LoRA-XS, arXiv 2405.17604) are ``C = I + U^T (W_t - W) V / sqrt(s s^T)``, entry by entry. For
+    the same reason this is the unique minimizer of ``||W + U diag(sqrt s) (C - I) diag(sqrt s) V^T - W_t||``. An entry
+    that has no effect stays that of I.
+
+    W is the original weight; for FP8, in float32. For a residual without a correction, W is what a fold with untouched
+    scales gives. The difference of the weights is formed first, and the rest is computed from it in float64.
+
+    Both models are streamed. The memory needed is that of the largest target in both models (for a stack, of some of
+    its matrices), times the number of targets that are compared at the same time. surgery compares one target on each
+    core, as far as half of the free memory allows.
 
     Args:
-        factorized: a folder written by ``factorize``.
-        tuned: the fine-tuned model, folder or hub id. Its tensors have the names and shapes of the original ones, or others
-            that are known for them: with the names of wrapping modules, or one prefix or suffix, or stored in another way
-            that transformers loads as the same, such as stacked experts; in bfloat16, float16, float32, or FP8 with scales;
-            in shards of any kind.
+        factorized: a folder that ``factorize`` has written.
+        tuned: the fine-tuned model, folder or hub id, in bfloat16, float16, float32, or FP8 with scales, and in any
+            shards. Its tensors have the names and shapes of the original ones, or known variants of them: the names of
+            wrapping modules, one prefix or suffix for all, or another way to store them that transformers loads as the
+            same, such as stacked experts.
         out: the scales file to write.
-        train: ``scales``, or ``core``.
-        base: for an overlay, the model it was made from (folder or hub id), if the one that the manifest names is
-            not to be used.
-        device: where the arithmetic runs: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        overwrite: replace ``out`` if it is there.
-        progress: told how far it is, and what the user should know, such as where ``tuned`` does
-            not look like a fine-tuned model (``surgery.tuned.likeness``); without it that is a ``SurgeryWarning``.
+        train: ``scales`` or ``core``.
+        base: for an overlay, the model that it was made from (folder or hub id). By default the one that the manifest
+            names.
+        device: device of the arithmetic: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        overwrite: replace ``out`` if it exists.
+        progress: receives the progress and the notes, such as a note if ``tuned`` does not look like a fine-tuned model
+            (``surgery.tuned.likeness``). Without it, each note is a ``SurgeryWarning``.
 
     Returns:
-        How much each target has changed, and how much of that its scales or cores explain.
+        How much each target has changed, and how much of the change its scales or cores explain.
 
     Raises:
-        SourceError: a model is not there, or lacks a target; a target has another shape there.
+        SourceError: a model does not exist, or lacks a target; or a target has another shape there.
         WeightError: a fine-tuned weight holds NaN or infinity.
         ReadError: a file cannot be read.
         FormatError: a file is damaged, or is not the one that the manifest describes.
-        OutputError: ``out`` is there already, is an input, or cannot be written.
-        OptionError: a base that is not needed; no such device.
+        OutputError: ``out`` exists already, is an input, or cannot be written.
+        OptionError: a base was given that is not needed; or there is no such device.
     """
     progress = listening()
     engine = LocalEngine(float64_device(str(device)))

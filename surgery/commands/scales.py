@@ -38,18 +38,21 @@ class ScalesSummary(Report):
 
     Attributes:
         train: ``scales``, or ``core`` for cores.
-        targets: how many there are.
-        matrices: how many matrices these are: a stack has several.
-        matrices_changed: how many of them have a scale other than 1, or a core other than the identity.
-        trainable: how many numbers.
-        changed: how many of them are not as in an untouched file: not 1, or not those of the identity.
-        least, median, most: of all scales; or of the singular values of all cores.
-        largest_angle: by which a core turns directions, in degrees; None where there are no cores.
-        fingerprint: of the factors that they belong to; None where the file does not say.
-        orthogonal: whether it holds the parameters of orthogonal cores besides.
-        chosen: the directions that a training has chosen of each matrix; none where it has not chosen.
-        directions: those whose scales are furthest from 1, first the furthest; none that are 1.
-        cores: those that are furthest from the identity, first the furthest; none that are the identity.
+        targets: how many targets there are.
+        matrices: how many matrices the targets have: a stack has several.
+        matrices_changed: how many matrices have a scale other than 1, or a core other than the identity.
+        trainable: how many numbers the file holds.
+        changed: how many of these numbers differ from an untouched file: from 1 for scales, from the identity for
+            cores.
+        least: the smallest of all scales, or of the singular values of all cores.
+        median: their median.
+        most: the largest of them.
+        largest_angle: the largest angle by which a core turns directions, in degrees; None if there are no cores.
+        fingerprint: the fingerprint of the factors that the numbers belong to; None if the file does not say.
+        orthogonal: whether the file also holds the parameters of orthogonal cores.
+        chosen: the directions that a training has chosen of each matrix; empty if it has not chosen any.
+        directions: the directions whose scales are furthest from 1, the furthest first; without those that are 1.
+        cores: the cores that are furthest from the identity, the furthest first; without those that are the identity.
     """
 
     train: Train
@@ -71,26 +74,26 @@ class ScalesSummary(Report):
 
 @on_its_own_terms
 def read_scales(path: str | Path, *, progress: Progress | None = None) -> ScalesFile:
-    """Read a scales file; the factorized checkpoint is not needed.
+    """Read a scales file. The factorized checkpoint is not needed.
 
     Args:
         path: the file, or a folder that holds one.
-        progress: told what the user should know; without it that is a ``SurgeryWarning``.
+        progress: receives the notes. Without it, each note is a ``SurgeryWarning``.
 
     Returns:
-        ``values``: key of a target -> ``g``, float32 (k,), or (B, k) for a stack, on the CPU, finite; or its core ``C``,
-        (k, k), or (B, k, k). ``train``: which of the two. ``fingerprint``: of the factors that they belong to; None where the
-        file does not say.
+        The contents of the file. ``values`` maps the key of each target to ``g``, float32 (k,), or (B, k) for a stack;
+        or to its core ``C``, (k, k), or (B, k, k) for a stack. All are finite and on the CPU. ``train`` says which of
+        the two it is. ``fingerprint`` is that of the factors that the numbers belong to; None if the file does not say.
 
     Raises:
-        FormatError: no safetensors file, or a damaged one.
-        ScalesError: no such file, no scales in it, damaged metadata, or a tensor whose dtype, shape or numbers scales
-            cannot have.
+        FormatError: the file is not a safetensors file, or is damaged.
+        ScalesError: there is no such file, or it has no scales; or its metadata is damaged, or a tensor has a dtype,
+            shape or numbers that scales cannot have.
 
     Warns:
-        SurgeryWarning: the path is a folder; or the file holds half-precision values, float64 values that float32 has not,
-            numbers that do not look like multipliers, or more than scales; or nothing tells whether square matrices are scales
-            of stacks or cores.
+        SurgeryWarning: the path is a folder. Or the file holds half-precision values, float64 values that float32
+            cannot represent, numbers that do not look like multipliers, or other things than scales. Or nothing tells
+            whether square matrices are scales of stacks or cores.
     """
     return files.read_scales_alone(Path(path))
 
@@ -102,17 +105,19 @@ def write_scales(
     """Write a scales file that ``fold``, ``export`` and ``blend`` take, and that ``read_scales`` reads.
 
     Args:
-        path: the file; one that is there is replaced as a whole.
-        scales: key of a target -> ``g``, (k,), or (B, k) for a stack; or its core ``C``, (k, k), or (B, k, k) for a stack. Real
-            floating, on any device; written as float32.
-        fingerprint: of the factors that they belong to, as in ``read_scales(...).fingerprint``, ``inspect(...).fingerprint``
-            and the report of ``factorize``; with None the file does not say, and is checked by names and shapes only.
-        train: what they are: ``scales``, or ``core`` for cores.
+        path: the file. An existing file is replaced as a whole.
+        scales: maps the key of each target to ``g``, (k,), or (B, k) for a stack; or to its core ``C``, (k, k), or (B,
+            k, k) for a stack. Real floating dtype, on any device; written as float32.
+        fingerprint: the fingerprint of the factors that the scales belong to, as in ``read_scales(...).fingerprint``,
+            ``inspect(...).fingerprint`` and the report of ``factorize``. With None the file does not say, and later
+            checks use names and shapes only.
+        train: what the tensors are: ``scales``, or ``core`` for cores.
 
     Raises:
-        OptionError: no mapping of names to dense tensors of real floating-point numbers; no fingerprint, which is a sha256.
-        ScalesError: no scales, or some that have another number of dimensions, or hold NaN, infinity or what is beyond float32;
-            cores that are not square.
+        OptionError: ``scales`` is not a mapping of names to dense tensors of real floating-point numbers; or
+            ``fingerprint`` is not a sha256.
+        ScalesError: there are no scales; or some have another number of dimensions, or hold NaN, infinity or numbers
+            outside the range of float32; or cores are not square.
         OutputError: the file cannot be written.
     """
     if not scales:
@@ -135,18 +140,19 @@ def write_scales(
 def show_scales(
     path: str | Path, *, top: int = 20, factorized: str | Path | None = None, progress: Progress | None = None
 ) -> ScalesSummary:
-    """Sum up a scales file; the factorized checkpoint is not needed.
+    """Summarize a scales file. The factorized checkpoint is not needed.
 
     Args:
-        path: the file, or a folder that holds one; or the folder of an adapter of ``surgery.peft``, or of one that ``export``
-            has written as ``peft-trainable``.
+        path: the file, or a folder that holds one; or the folder of an adapter of ``surgery.peft``, or of one that
+            ``export`` has written as ``peft-trainable``.
         top: how many of the changed directions, or of the changed cores, to list.
-        factorized: the checkpoint that such an exported adapter belongs to, which does not name the weights itself.
-        progress: told what the user should know; without it that is a ``SurgeryWarning``.
+        factorized: the checkpoint that such an exported adapter belongs to, because the adapter does not name the
+            weights itself.
+        progress: receives the notes. Without it, each note is a ``SurgeryWarning``.
 
     Returns:
-        How many numbers there are, how they are spread, and which are furthest from 1. Of cores, how they stretch and turn
-        directions, and which are furthest from the identity.
+        How many numbers there are, how they are distributed, and which are furthest from 1. For cores: how they stretch
+        and turn directions, and which are furthest from the identity.
 
     Raises:
         OptionError: ``top`` is negative; or an adapter needs ``factorized``.

@@ -39,13 +39,14 @@ class VerifyReport(Report):
     """What ``verify`` found.
 
     Attributes:
-        ok: whether all that was looked at holds.
-        files, targets: how many were looked at.
-        failures: what does not hold.
-        unchecked: what could not be looked at, and why.
+        ok: whether everything that was checked is correct.
+        files: how many files were checked.
+        targets: how many targets were checked.
+        failures: the checks that failed.
+        unchecked: what could not be checked, and why.
         repaired: the files that were made again.
-        top_k: of how many matrices it is known that no larger singular value was missed, by what was measured here and not by
-            what the manifest says; None where no weights were looked at.
+        top_k: for how many matrices it is known that no larger singular value was missed. This was measured now and
+            does not come from the manifest. None if no weights were checked.
     """
 
     ok: bool
@@ -72,28 +73,33 @@ def verify(
 ) -> VerifyReport:
     """Check files, factors, recovery, certificates and scales of a factorized checkpoint, and repair its files if asked to.
 
-    Streams: the memory needed is set by the largest target and by how many are worked on at a time.
+    The checkpoint is streamed. The memory needed depends on the largest target, and on how many targets are processed
+    at the same time.
 
     Args:
-        factorized: a folder written by ``factorize``.
-        base: the model it was made from, folder or hub id: for an overlay, or residuals without a correction, whose weights
-            cannot be looked at otherwise; ``unchecked`` says so. And for ``repair``, if the manifest does not name it.
-        fast: hashes and headers only.
-        prove: prove of each matrix that no larger singular value was missed, whatever the manifest says of it; a check fails
-            where it cannot be proven. Without it each matrix is searched for one, from a random start that nobody can foresee.
-        repair: first make missing and damaged files again, from the base, to the bytes that the manifest records; what
-            would come out otherwise is left as it is, and so are scales that are there.
-        device: where the arithmetic runs: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, several as ``cuda:0,cuda:1``, or ``all``
-            CUDA devices, a shard at a time on each.
+        factorized: a folder that ``factorize`` has written.
+        base: the model that it was made from, folder or hub id. An overlay, or residuals without a correction, need it
+            to check the weights; otherwise ``unchecked`` names what was not checked. ``repair`` needs it if the
+            manifest does not name it.
+        fast: check hashes and headers only.
+        prove: prove for each matrix that no larger singular value was missed, whatever the manifest says. If a proof
+            fails, the check fails. Without ``prove``, surgery searches each matrix for such a value, from a random
+            start that nobody can predict.
+        repair: first make missing and damaged files again from the base, with the bytes that the manifest records. A
+            file that would get other bytes is left unchanged, and so are existing scales.
+        device: device of the arithmetic: ``auto``, ``cpu``, ``cuda``, ``cuda:N``, several as ``cuda:0,cuda:1``, or
+            ``all`` CUDA devices. Each device works on one shard at a time.
         max_memory, max_device_memory: as for ``factorize``.
-        progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
+        progress: receives the progress and the notes. Without it, each note is a ``SurgeryWarning``.
 
     Returns:
-        What does not hold, and what could not be looked at; ``ok`` where all holds that was looked at.
+        What is wrong, and what could not be checked. ``ok`` is true if everything that was checked is correct.
 
     Raises:
-        OptionError: a base that is not needed, or with ``repair`` none; or a proof without the weights.
-        OutputError: with ``repair``, another run holds the folder, it is the base, or the disk is too small or fails.
+        OptionError: a base was given that is not needed; or ``repair`` has no base; or ``prove`` has no weights to work
+            on, or is given together with ``fast``.
+        OutputError: with ``repair``, another run uses the folder, the folder is the base, or the disk is too small or
+            fails.
         SurgeryError: there is no manifest to check against, or no such base.
     """
     if fast and prove:

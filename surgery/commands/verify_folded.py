@@ -24,13 +24,13 @@ from surgery.weights.checkpoint import FactorizedWeights, weights_of
 
 @dataclass(frozen=True, slots=True)
 class FoldCheck(Report):
-    """What is left in a folded model of the scales or cores that were folded into it.
+    """How much of the scales or cores is in a model into which they were folded.
 
     Attributes:
-        targets: how many tensors have scales or cores.
+        targets: how many targets have scales or cores.
         changed: how many of them have scales other than 1, or cores other than the identity.
-        kept: share of the update that is in the weights, as ``fold`` reports it; null if none has changed.
-        kept_least: the smallest share that is left of the update of any target.
+        kept: share of the update that is in the weights, as ``fold`` reports it; None if nothing has changed.
+        kept_least: the smallest such share of any target.
         kept_least_in: the key of that target.
     """
 
@@ -51,27 +51,28 @@ def verify_folded(
     device: str | torch.device = "auto",
     progress: Progress | None = None,
 ) -> FoldCheck:
-    """Measure what of trained scales or cores is in a folded model, after whatever rounding.
+    """Measure how much of trained scales or cores is in a folded model, after any rounding.
 
-    With ``D = U diag(s (g - 1)) V^T`` it is ``<W_f - W, D> / <D, D>``, from ``u_i^T (W_f - W) v_i``; with the
-    ``D = U diag(sqrt s) (C - I) diag(sqrt s) V^T`` of cores from ``U^T (W_f - W) V``. In float64.
+    The measure is ``<W_f - W, D> / <D, D>``. For scales, ``D = U diag(s (g - 1)) V^T``, and it is computed from
+    ``u_i^T (W_f - W) v_i``. For cores, ``D = U diag(sqrt s) (C - I) diag(sqrt s) V^T``, and it is computed from
+    ``U^T (W_f - W) V``. All in float64.
 
     Args:
         factorized: the folder that was folded.
-        folded: the model that came of it, or any other with the same tensors, folder or hub id.
+        folded: the folded model, or any other model with the same tensors, folder or hub id.
         scales: the scales file, or a folder that holds one.
-        base: for an overlay, the model it was made from, if the one that the manifest names is not to be used.
-        device: where the arithmetic runs: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
-        progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
+        base: for an overlay, the model that it was made from. By default the one that the manifest names.
+        device: device of the arithmetic: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        progress: receives the progress and the notes. Without it, each note is a ``SurgeryWarning``.
 
     Returns:
-        What was kept, as a whole and of the target that lost most.
+        How much was kept, in total and for the target that lost most.
 
     Raises:
-        SourceError: a model is not there, or lacks a target.
-        ScalesError: the scales are not those of the checkpoint.
+        SourceError: a model does not exist, or lacks a target.
+        ScalesError: the scales do not belong to the checkpoint.
         ReadError, FormatError: a file cannot be read, is damaged, or is not the one that the manifest describes.
-        OptionError: no such device.
+        OptionError: there is no such device.
     """
     progress = listening()
     engine = LocalEngine(float64_device(str(device)))

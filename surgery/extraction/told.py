@@ -19,22 +19,30 @@ _DIGITS = 6
 
 @dataclass(frozen=True, slots=True)
 class ExtractedTarget:
-    """A weight whose change has become a low-rank pair. Norms are Frobenius norms; of a stack, of all matrices together.
+    """A weight whose change has become a low-rank pair.
+
+    Norms are Frobenius norms; for a stack, of all matrices together.
 
     Attributes:
-        tensor, shard, dtype, shape: in the base.
-        view: how it is seen: ``matrix``, ``stack`` or ``convolution``.
-        rank: of the pair; 0 where there is none.
-        change: norm of the change, relative to the weight; null where that is zero.
-        kept: share of the change's squared norm that the pair holds; null where nothing has changed.
-        error: norm of what it leaves of the change, relative to the change; null likewise.
-        merged_error: the same of what ``merge`` writes, which rounds once to the weight's dtype; null where nothing has
-            changed, and with a budget.
-        above_floor: how many directions stand above the noise that the change ends in; of a stack the most of any matrix. If
-            it is the rank, there may be more.
-        rule: by which the approximation was ended: ``directions``: each has converged; ``error``: the error is within
-            ``excess`` of the least one of this rank; ``passes``: neither within the most passes; ``zero``: nothing has changed.
-        excess: by what share the error may be above the least one of this rank; null where no bound is known.
+        tensor: its name in the base.
+        shard: the weight file of the base that it is in.
+        dtype: its dtype in the base.
+        shape: its shape in the base.
+        view: how the tensor is seen: ``matrix``, ``stack`` or ``convolution``.
+        rank: rank of the pair; 0 if there is no pair.
+        change: norm of the change, relative to the weight; None if the weight is zero.
+        kept: share of the change's squared norm that the pair holds; None if nothing has changed.
+        error: norm of the part of the change that the pair does not hold, relative to the change; None if nothing has
+            changed.
+        merged_error: the same error for the weight that ``merge`` writes, which is rounded once to the weight's dtype;
+            None if nothing has changed, or with a budget.
+        above_floor: how many directions stand above the noise level of the change; for a stack, the most of any matrix.
+            If the number equals the rank, there may be more.
+        rule: why the approximation stopped. ``directions``: each direction has converged. ``error``: the error is
+            within ``excess`` of the smallest possible error at this rank. ``passes``: neither was reached within the
+            maximum number of passes. ``zero``: nothing has changed.
+        excess: an upper bound on the share by which the error exceeds the smallest possible error at this rank; None if
+            no bound is known.
     """
 
     tensor: str
@@ -57,14 +65,18 @@ class OtherTensor:
     """A tensor without a low-rank pair.
 
     Attributes:
-        tensor, shard, dtype, shape: in the base.
-        fate: ``saved``: it has changed, and the adapter holds it whole; ``changed``: it has, and the adapter does not have
-            that; ``same``: it has not; ``resized``: it has another shape in the tuned model, and the adapter does not have
-            that; ``gone``: the tuned model does not have it.
-        change: norm of its change, relative to the tensor, in Frobenius norms; of a resized one, of the rows in common; null
-            where it cannot be told.
-        tuned_shape: in the tuned model; null if it is gone.
-        reason: why it is no target.
+        tensor: its name in the base.
+        shard: the weight file of the base that it is in.
+        dtype: its dtype in the base.
+        shape: its shape in the base.
+        fate: what happened to it. ``saved``: it has changed, and the adapter holds the whole tensor. ``changed``: it
+            has changed, and the adapter does not hold the change. ``same``: it has not changed. ``resized``: it has
+            another shape in the tuned model, and the adapter does not hold the change. ``gone``: the tuned model does
+            not have it.
+        change: norm of its change relative to the tensor, in Frobenius norms; for a resized tensor, over the rows that
+            both have; None if it is not known.
+        tuned_shape: its shape in the tuned model; None if the tuned model does not have it.
+        reason: why it is not a target.
     """
 
     tensor: str
@@ -83,19 +95,23 @@ class ExtractReport(Report):
 
     Attributes:
         out: the folder.
-        layout, dtype: of the adapter.
-        files: its files.
+        layout: layout of the adapter.
+        dtype: dtype of the adapter's pairs.
+        files: the files of the adapter.
         modules: how many modules have a low-rank pair.
-        rank: the largest of them.
-        numbers: how many the pairs have, with zeros that fill them up.
+        rank: the largest rank of any pair.
+        numbers: how many numbers the pairs have, including zeros that pad them.
         targets: the weights whose changes were approximated.
         others: every other tensor of the base.
         further: tensors of the tuned model that the base does not have.
-        change: norm of the change of all targets, relative to them.
-        kept: share of its squared norm that the pairs hold; null if nothing has changed.
-        kept_of_all: the same of the change of all tensors, whose parts are pairs, saved whole, or left out.
-        error: norm of what the pairs leave of the targets' change, relative to it.
-        merged_error: the same of what ``merge`` writes; null with a budget.
+        change: norm of the change of all targets, relative to the norm of all targets.
+        kept: share of the squared norm of this change that the pairs hold; None if nothing has changed.
+        kept_of_all: share of the squared norm of the change of all tensors that the adapter holds, in pairs and in
+            tensors that it saves whole; None if nothing has changed.
+        error: norm of the part of the targets' change that the pairs do not hold, relative to this change; None if
+            nothing has changed.
+        merged_error: the same error for the weights that ``merge`` writes; None if nothing has changed, or with a
+            budget.
     """
 
     out: Path
@@ -116,7 +132,7 @@ class ExtractReport(Report):
 
     @property
     def is_uneven(self) -> bool:
-        """Whether pairs have different ranks."""
+        """Whether the pairs have different ranks."""
         return len({one.rank for one in self.targets if one.rank}) > 1
 
 

@@ -19,8 +19,8 @@ class FileRecord:
 
     Attributes:
         file: its path, relative to the checkpoint.
-        size: in bytes.
-        sha256: of its bytes.
+        size: its size in bytes.
+        sha256: the SHA-256 of its bytes.
     """
 
     file: str

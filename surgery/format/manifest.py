@@ -62,11 +62,11 @@ class ShardResult:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The whole manifest.
+    """The whole manifest of a factorized checkpoint.
 
-    ``fingerprint`` identifies the factors, and is also recorded in the files of scales. ``source_stamps`` identify the weight
-    files of a local source (``source_stamp``), in the order of ``shards``; the list is empty for a model from the hub.
-    ``options`` are those that were asked for, with the name of the recipe that applied.
+    ``fingerprint`` identifies the factors; scales files record it too. ``source_stamps`` identify the weight files of a
+    local source, in the order of ``shards``. The list is empty for a model from the hub. ``options`` are the options
+    that were asked for, with the name of the recipe that applied.
     """
 
     format_version: int
@@ -85,7 +85,7 @@ class Manifest:
     skipped: list[SkippedRecord]
 
     def as_bytes(self) -> bytes:
-        """The bytes of its file, with its own hash as the last entry."""
+        """The bytes of the manifest's file. Their last entry is the manifest's own hash."""
         return sealed(self)
 
     def write(self, folder: str | Path) -> None:
@@ -95,7 +95,8 @@ class Manifest:
             folder: the factorized checkpoint.
 
         Raises:
-            FormatError: its entries contradict each other, or it is too large to be read again; nothing is written.
+            FormatError: the entries contradict each other, or the manifest is too large to be read again. Nothing is
+                written.
             OutputError: the disk is full or fails.
         """
         folder = as_path(folder, "folder")
@@ -108,16 +109,16 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: str | Path) -> Manifest:
-        """The manifest of a factorized checkpoint.
+        """Read the manifest of a factorized checkpoint.
 
         Args:
-            folder: written by ``factorize``.
+            folder: a folder that ``factorize`` has written.
 
         Raises:
-            OptionError: ``folder`` is no path.
-            SourceError: the folder is no factorized checkpoint, or an unfinished one.
+            OptionError: ``folder`` is not a path.
+            SourceError: the folder is not a factorized checkpoint, or is an unfinished one.
             ReadError: the manifest cannot be read.
-            FormatError: the manifest has been changed since it was written, contradicts itself, or is of another version.
+            FormatError: the manifest has been changed since it was written, contradicts itself, or has another version.
         """
         folder = as_path(folder, "folder")
         path = folder / MANIFEST_FILE
@@ -177,11 +178,11 @@ class Manifest:
 
     @property
     def lossless(self) -> bool:
-        """Whether a fold with untouched scales gives the source back bit for bit."""
+        """Whether a fold with untouched scales gives the source back, bit for bit."""
         return self.layout == "overlay" or self.options.correction
 
     def output_files(self) -> list[FileRecord]:
-        """All files of the checkpoint except the manifest and the scales, which a trainer may replace."""
+        """All files of the checkpoint except the manifest and the scales file, which a trainer may replace."""
         written = [record for shard in self.shards for record in shard.written]
         return written + self.files
 
@@ -189,14 +190,15 @@ class Manifest:
         """The targets in one weight file of the source.
 
         Args:
-            shard: its path in the source, such as ``model.safetensors``.
+            shard: path of the weight file in the source, such as ``model.safetensors``.
         """
         return self._by_shard.get(shard, [])
 
     def edited_in(self, shard: str) -> dict[str, TargetRecord]:
-        """Tensor -> target, for the tensors in one weight file of the source that a fold edits: targets and aliases of them.
+        """The tensors in one weight file of the source that a fold changes, each with its target.
 
-        If several slices of a tensor are targets, it is any one of these.
+        These are the tensors of targets and their aliases. If several slices of a tensor are targets, the tensor comes
+        with one of them.
 
         Args:
             shard: path of the weight file in the source.
@@ -204,10 +206,12 @@ class Manifest:
         return self._edited.get(shard, {})
 
     def part(self, files: Iterable[str]) -> Manifest:
-        """A smaller manifest, with only the targets that concern some weight files of the source, and the shards of these.
+        """A smaller manifest for some weight files of the source.
+
+        It has only the targets that concern these files, and the shards of these targets.
 
         Args:
-            files: paths of the weight files in the source; unknown ones are ignored.
+            files: paths of the weight files in the source; unknown paths are ignored.
         """
         edited = {target.key: target for file in files for target in (*self.targets_of(file), *self.edited_in(file).values())}
         wanted = {*files, *(target.shard for target in edited.values())}

@@ -142,7 +142,7 @@ class SkippedRecord:
     Attributes:
         tensor: its name.
         shard: the weight file that it is in.
-        reason: why.
+        reason: why it is not a target.
     """
 
     tensor: str
@@ -156,8 +156,10 @@ class SourceRecord:
 
     Attributes:
         kind: ``hub`` or ``folder``.
-        repo_id, commit: on the hub; None for a local folder, whose path is private.
-        subfolder: the folder of the repository, or of the local folder, that the model is in; None at the top.
+        repo_id: id of the repository on the hub; None for a local folder, whose path is private.
+        commit: the commit on the hub; None for a local folder.
+        subfolder: the folder inside the repository, or inside the local folder, that holds the model; None if the model
+            is at the top.
     """
 
     kind: str
@@ -172,7 +174,7 @@ class LeftOutRecord:
 
     Attributes:
         file: its path.
-        reason: why.
+        reason: why it is not copied.
     """
 
     file: str

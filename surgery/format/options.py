@@ -15,28 +15,32 @@ from surgery.solvers.limits import DEFAULT_TOLERANCE, check_accuracy, check_ener
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """Which weights are factorized, and how accurately; the manifest records them under these names, in this order.
+    """Which weights are factorized, and how accurately. The manifest records the options under these names, in this order.
 
-    A field counts as set if it is not at its default. For None the recipe decides, and then a default of the program.
+    A field counts as set if it differs from its default. Where a field is None, the recipe decides; if the recipe says
+    nothing, surgery uses its own default.
 
     Attributes:
-        rank: k, the directions to keep of each matrix, at most its smaller side; 16 if there is no rank, no energy, and none
-            in the recipe.
-        energy: instead of a rank, keep as few directions of each target as hold this share of its squared Frobenius norm.
+        rank: k, the directions to keep of each matrix, at most its smaller side. The rank is 16 if neither a rank nor
+            an energy is given and the recipe has none.
+        energy: use this in place of a rank: keep as few directions of each target as hold this share of its squared
+            Frobenius norm.
         max_rank: with an energy, the most directions to keep; 256 if None.
-        recipe: name or file of a recipe (``surgery.planning.recipes``); None: the one of the model's family, if there is
-            one. In a manifest it is the name of the one that applied.
-        split: whether fused weights are split into their projections, where the recipe knows them; None: as the recipe says.
+        recipe: name or file of a recipe (``surgery.planning.recipes``). If None, surgery takes the recipe of the
+            model's family, if there is one. In a manifest it is the name of the recipe that applied.
+        split: whether fused weights are split into their projections, where the recipe knows them. If None, the recipe
+            decides.
         correction: whether the residual layout keeps the corrections that make it lossless.
-        include: globs over tensor names. If any are given, exactly the weights they match are taken, embeddings, heads
-            and convolutions too.
-        exclude: globs over tensor names that are never taken.
-        seed: of the truncated SVD's random start, see ``surgery.truncated_svd``.
-        tolerance: residual over the largest singular value at which the truncated SVD stops.
-        prove: whether it is proven of each matrix that no larger singular value was missed. The manifest has it where it is so.
+        include: globs over tensor names. If there are any, exactly the weights that match are targets, including
+            embeddings, heads and convolutions.
+        exclude: globs over tensor names that are never targets.
+        seed: seed of the random start of the truncated SVD, see ``surgery.truncated_svd``.
+        tolerance: the truncated SVD stops when its residuals, over the largest singular value, are below this number.
+        prove: whether to prove for each matrix that no larger singular value was missed. The manifest records it only
+            if it is True.
 
     Raises:
-        OptionError: a field is of another type.
+        OptionError: a field has the wrong type.
     """
 
     rank: int | None = None
@@ -55,10 +59,10 @@ class Options:
         check_fields(self)
 
     def check(self) -> None:
-        """Refuse options that make no sense for any model.
+        """Refuse options that are not valid for any model.
 
         Raises:
-            OptionError: a rank and an energy together, or a number out of its range.
+            OptionError: a rank and an energy are given together, or a number is out of its range.
         """
         if self.rank is not None and self.energy is not None:
             raise OptionError("a rank and an energy contradict each other", got=f"rank {self.rank}, energy {self.energy}")

@@ -65,14 +65,16 @@ NOT_ON_RECORD = TopKRecord("unknown", None, 1.0)
 
 @dataclass(frozen=True, slots=True)
 class TopKSummary:
-    """Of how many matrices it is known that the kept singular values are the largest.
+    """For how many matrices it is known that the kept singular values are the largest.
 
     Attributes:
-        proven: of how many it is proven.
-        likely: of how many it holds but for the chance on record.
-        unknown: of how many nothing is known; also those that an earlier version of surgery has factorized.
-        margin: the largest margin of those proven or likely: nothing above ``s_k + margin * s_1`` was missed; None for none.
-        margin_in: the target that has it; None for none.
+        proven: number of matrices for which it is proven.
+        likely: number of matrices for which it holds, except with the small probability that the manifest records.
+        unknown: number of matrices for which nothing is known, including those that an earlier version of surgery has
+            factorized.
+        margin: the largest margin of the matrices that are proven or likely: no singular value above
+            ``s_k + margin * s_1`` was missed. None if there are no such matrices.
+        margin_in: the key of the target with this margin; None if there is none.
     """
 
     proven: int

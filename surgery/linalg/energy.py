@@ -27,21 +27,22 @@ def energy_svd(
 ) -> TruncatedSVD:
     """The fewest leading singular triplets whose squared values make up ``energy`` of the squared Frobenius norm.
 
-    Computes truncated SVDs of growing rank, each at least twice the last and at least what the values so far show to be
-    needed; never a full SVD.
+    Computes truncated SVDs of growing rank, and never a full SVD. Each rank is at least twice the last one. It is also
+    at least the rank that the values found so far show to be needed.
 
     Args:
         A: (m, n), any real floating dtype, any device.
-        energy: share, above 0 and at most 1.
-        max_rank: the most triplets, even if they do not reach the share; at least 1. Above min(m, n) it counts as that.
+        energy: the share to reach, above 0 and at most 1.
+        max_rank: the most triplets to return, even if they do not reach the share; at least 1. A number above min(m, n)
+            counts as min(m, n).
         tolerance, seed, prove: see ``truncated_svd``.
 
     Returns:
-        k <= max_rank triplets. Whether they reach the share is in their values: compare ``s.square().sum()`` with
-        ``norm ** 2``. A matrix of zeros gives one.
+        k <= max_rank triplets. To see whether they reach the share, compare ``s.square().sum()`` with ``norm ** 2``. A
+        matrix of zeros gives one triplet.
 
     Raises:
-        OptionError, WeightError: as ``truncated_svd``, or an energy or a max_rank that make no sense.
+        OptionError, WeightError: as for ``truncated_svd``; or ``energy`` or ``max_rank`` is out of its range.
     """
     check_energy(energy, max_rank)
     check_dense(A, "A")

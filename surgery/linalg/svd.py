@@ -37,20 +37,25 @@ GRAM_ENTRIES = 1 << 21
 
 @dataclass(frozen=True, slots=True)
 class Certificate:
-    """What is known about the accuracy of a truncated SVD. Tensors are float64 on the CPU.
+    """What is known about the accuracy of a truncated SVD.
+
+    All tensors are on the CPU. They are float64, except where another dtype is given.
 
     Attributes:
-        residual: (..., k), ``max(|A v - s u|, |A^T u - s v|) / s_1`` of the vectors returned, measured in float64, plus an
-            allowance for rounding. By Weyl's inequality some singular value lies within ``residual * s_1`` of each s.
-        gap: (..., k), lower bound on the distance to the nearest other singular value, over s_1, less that value's own error.
-            For the last triplet the next value is taken as large as its residual and rounding allow. 0 where no gap is known.
-        angle_bound: (..., k), ``residual / gap``, at most 1: bounds the sine of the angle between the vectors and
-            the true ones (Wedin 1972). At 1 the bound says nothing about the direction, which is no failure.
-        converged: bool (...,), every residual is within the tolerance.
-        passes: int64 (...,), products with A or its transpose.
+        residual: (..., k), ``max(|A v - s u|, |A^T u - s v|) / s_1`` of the returned vectors. It is measured in float64
+            and includes an allowance for rounding. By Weyl's inequality, some singular value lies within
+            ``residual * s_1`` of each s.
+        gap: (..., k), a lower bound on the distance to the nearest other singular value, over s_1. The error of that
+            other value is subtracted. For the last triplet, the next value is assumed to be as large as its residual
+            and rounding allow. The gap is 0 if none is known.
+        angle_bound: (..., k), ``residual / gap``, at most 1. It bounds the sine of the angle between the returned
+            vectors and the true ones (Wedin 1972). At 1 the bound says nothing about the direction; this is not a
+            failure.
+        converged: bool (...,), whether every residual is within the tolerance.
+        passes: int64 (...,), the number of products with A or its transpose.
         method: ``block-lanczos``, ``gram``, ``svd`` or ``zero``; a tuple of these for a batch.
-        top_k: what is known of singular values that were not found (``TopK``); a tuple for a batch. Residuals say nothing of
-            these.
+        top_k: what is known about singular values that were not found (``TopK``); a tuple for a batch. Residuals say
+            nothing about these values.
     """
 
     residual: torch.Tensor
@@ -67,13 +72,13 @@ class TruncatedSVD:
     """``A ~ U diag(s) V^T`` with the k largest singular values.
 
     Attributes:
-        U: (..., m, k), orthonormal columns.
-        s: (..., k), descending.
-        V: (..., n, k), orthonormal columns.
+        U: (..., m, k), with orthonormal columns.
+        s: (..., k), in descending order.
+        V: (..., n, k), with orthonormal columns.
         norm: float64 (...,) on the CPU, the Frobenius norm of A.
-        certificate: how accurate they are.
+        certificate: how accurate the triplets are.
 
-    Vectors and values are float32, or float64 for a float64 matrix, on the device of the matrix.
+    U, s and V are float32, or float64 for a float64 matrix. They are on the device of the matrix.
     """
 
     U: torch.Tensor
@@ -87,42 +92,45 @@ class TruncatedSVD:
 def truncated_svd(
     A: torch.Tensor, k: int, *, tolerance: float = DEFAULT_TOLERANCE, seed: int = 0, prove: bool = False
 ) -> TruncatedSVD:
-    """The k largest singular triplets of a matrix, or of each of a batch, with a certificate.
+    """The k largest singular triplets of a matrix, or of each matrix of a batch, with a certificate.
 
-    Thick-restart randomized block Lanczos where k is small against the matrix, leading eigenvectors of the Gram matrix
-    or a float64 SVD otherwise. The same seed on the same device with as many threads gives the same bits; the global
-    random state is neither read nor changed, nor are the caller's matmul precision settings. On a GPU the matrices of a
-    batch are solved together.
+    If k is small compared with the matrix, the method is thick-restart randomized block Lanczos. Otherwise it takes the
+    leading eigenvectors of the Gram matrix, or a float64 SVD. On a GPU, the matrices of a batch are solved together.
 
-    The sign of each pair is such that the entry of largest magnitude among both of its vectors is positive.
+    The same seed gives the same bits, on the same device and with the same number of threads. The function does not
+    read or change the global random state. It also does not change the caller's settings of matmul precision, or depend
+    on them.
+
+    The sign of each pair of vectors is chosen such that the entry of largest magnitude in the two vectors is positive.
 
     Args:
         A: (m, n) or (B, m, n), any real floating dtype, any device.
         k: 1 <= k <= min(m, n).
-        tolerance: residuals are brought below ``tolerance * s_1``, and below ``100 * tolerance * s_i`` as far as
-            rounding allows (2e-6 s_1 in float32, also its least value). The error of a singular value is of second
-            order in it, within a cluster of values no wider than that of first order.
-        seed: of the random start block.
-        prove: whether to prove that no larger singular value was missed, by a Cholesky factorization in float64 on the
-            shorter side n: n^3 / 3 operations, and n^2 max(m, n) for its matrix. Where that fails the matrix is solved again
-            from other rows, twice at most.
+        tolerance: the iteration brings all residuals below ``tolerance * s_1``, and below ``100 * tolerance * s_i`` as
+            far as rounding allows. The limit of rounding is 2e-6 s_1 in float32; this is also the smallest tolerance.
+            The error of a singular value is of second order in the tolerance. Within a cluster of values that is no
+            wider than the tolerance, it is of first order.
+        seed: seed of the random start block.
+        prove: whether to prove that no larger singular value was missed. The proof is a Cholesky factorization in
+            float64 on the shorter side n. It costs n^3 / 3 operations, and n^2 max(m, n) to form its matrix. If the
+            proof fails, the matrix is solved again from another random start, at most twice.
 
     Returns:
-        ``TruncatedSVD``. Look at ``certificate.converged``: a matrix on which the iteration fails is reported there,
-        never hidden. ``certificate.top_k`` says whether these are the largest: with ``prove`` it is ``proven``, or
-        ``unknown`` where the proof fails. Without, it is ``likely`` where the random start block makes it so improbable
-        that something was missed: of a matrix that was made with its numbers in mind, that says nothing.
+        ``TruncatedSVD``. If the iteration fails on a matrix, ``certificate.converged`` says so. ``certificate.top_k``
+        says whether the values are the largest ones. With ``prove`` it is ``proven``, or ``unknown`` if the proof
+        fails. Without ``prove`` it is ``likely`` if the random start block makes it very improbable that a larger value
+        was missed. For a matrix that was constructed with knowledge of these random numbers, ``likely`` says nothing.
 
-    If a GPU has too little memory for a whole batch, it is solved in parts; a matrix that does not fit alone is solved on the
-    CPU, with a ``SurgeryWarning``.
+    If a GPU has too little memory for a whole batch, the batch is solved in parts. A matrix that does not fit alone is
+    solved on the CPU, with a ``SurgeryWarning``.
 
     Raises:
-        OptionError: k, tolerance, seed or the shape or dtype of A make no sense.
+        OptionError: k, tolerance, seed, or the shape or dtype of A is not valid.
         WeightError: A holds NaN or infinity, or its singular values overflow.
 
-    Source: see ``surgery.solvers.lanczos``; the certificate is that of Golub, Van Loan, "Matrix Computations",
-    section 8.6, and Wedin, "Perturbation bounds in connection with singular value decomposition" (BIT 12, 1972). Proofs:
-    Rump, "Verification of positive definiteness" (BIT 46, 2006).
+    Source: see ``surgery.solvers.lanczos``. The certificate is that of Golub, Van Loan, "Matrix Computations", section
+    8.6, and Wedin, "Perturbation bounds in connection with singular value decomposition" (BIT 12, 1972). Proofs: Rump,
+    "Verification of positive definiteness" (BIT 46, 2006).
     """
     check_dense(A, "A")
     if A.ndim not in (2, 3):

@@ -59,13 +59,15 @@ _PARTS = 32
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """What is known of the singular values of a matrix besides the k that were found.
+    """What is known about the singular values of a matrix that are not among the k that were found.
 
     Attributes:
-        verdict: ``proven``: by arithmetic, with all rounding accounted for. ``likely``: by the laws of chance, as the search
-            began with random rows. ``unknown``: nothing that would say much: a margin above a tenth of s_k, and above 1e-5 s_1.
-        margin: no singular value that was not found is above ``s_k + margin * s_1``; infinite where unknown.
-        chance: the probability, at most, that this is wrong: 0 where proven, 1e-6 where likely, 1 where unknown.
+        verdict: ``proven``: shown by arithmetic that accounts for all rounding. ``likely``: holds with high
+            probability, because the search began with random rows. ``unknown``: there is no useful bound. A bound is
+            useful if its margin is at most a tenth of s_k, or at most 1e-5 s_1.
+        margin: no singular value that was not found is above ``s_k + margin * s_1``; infinite if ``unknown``.
+        chance: an upper bound on the probability that this is wrong: 0 if ``proven``, 1e-6 if ``likely``, 1 if
+            ``unknown``.
     """
 
     verdict: Verdict

@@ -11,12 +11,12 @@ from surgery.lossless.integers import portable_product
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """The kept part of one matrix, ``U diag(s) V^T``; for a stack of B matrices each tensor has a leading dimension B.
+    """The kept part of one matrix, ``U diag(s) V^T``. For a stack of B matrices, each tensor has a leading dimension B.
 
     Attributes:
-        U: float32 (m, k), orthonormal columns.
-        s: float32 (k,), descending, not negative.
-        V: float32 (n, k), orthonormal columns.
+        U: float32 (m, k), with orthonormal columns.
+        s: float32 (k,), in descending order, not negative.
+        V: float32 (n, k), with orthonormal columns.
     """
 
     U: torch.Tensor
@@ -27,7 +27,7 @@ class Factors:
         """The factors on another device.
 
         Args:
-            device: such as ``cpu`` or ``cuda``.
+            device: a device, such as ``cpu`` or ``cuda``.
         """
         return Factors(self.U.to(device), self.s.to(device), self.V.to(device))
 

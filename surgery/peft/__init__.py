@@ -1,10 +1,10 @@
-"""Scales and cores as a method of PEFT: to be imported before an adapter of them is made or loaded.
+"""Scales and cores as a method of PEFT. Import it before you make or load such an adapter.
 
     import surgery.peft
 
     model = peft.get_peft_model(model, surgery.peft.SpectralConfig(factorized="factorized"))
 
-The method is called SPECTRAL. All that takes a ``peft_config``, such as the trainers of TRL, takes this one.
+The method is called SPECTRAL. Everything that takes a ``peft_config``, such as the trainers of TRL, takes this one.
 """
 
 from surgery.peft.installed import check_peft

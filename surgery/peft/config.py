@@ -22,26 +22,28 @@ from surgery.training.ways import Way
 
 @dataclass
 class SpectralConfig(PeftConfig):
-    """Train the scales of a factorized checkpoint, or cores, as an adapter of PEFT.
+    """Config of an adapter of PEFT that trains the scales of a factorized checkpoint, or cores.
 
     The model may have been loaded from the original weights or from the factorized folder, as for ``surgery.attach``.
 
     Args:
-        factorized: the folder that ``surgery.factorize`` has written. Saved as an absolute path; on another machine, write the
-            folder there into ``adapter_config.json``, or pass another config to ``PeftModel.from_pretrained``.
+        factorized: the folder that ``surgery.factorize`` has written. It is saved as an absolute path. On another
+            machine, write the path of the folder there into ``adapter_config.json``, or pass another config to
+            ``PeftModel.from_pretrained``.
         train: ``scales``, ``core`` or ``orthogonal``, as for ``surgery.attach``.
-        choose: how many directions to train of each matrix: those that the loss depends on most in the first steps. None
-            trains all.
-        choose_steps: how many steps of the optimizer are only looked at, before the directions are chosen and training begins.
-        modules_to_save: modules to train and save whole beside it, as for other methods of PEFT; ``surgery fold`` refuses such
-            adapters.
-        fingerprint: of the factors; found when the adapter is made, and compared when it is loaded.
-        absent: targets of the checkpoint that the trained model does not have; found when the adapter is made.
-        shapes: of the scales of each target; found when the adapter is made.
-        chosen: the directions that have been chosen; found in training.
+        choose: how many directions to train of each matrix: those that the loss depends on most in the first steps.
+            None trains all.
+        choose_steps: the number of first optimizer steps that only collect gradients. Then the directions are chosen,
+            and training begins.
+        modules_to_save: modules that are trained and saved whole beside the adapter, as in other methods of PEFT.
+            ``surgery fold`` refuses such adapters.
+        fingerprint: the fingerprint of the factors. Set when the adapter is made, and compared when it is loaded.
+        absent: targets of the checkpoint that the trained model does not have. Set when the adapter is made.
+        shapes: the shape of the scales of each target. Set when the adapter is made.
+        chosen: the directions that have been chosen. Set during training.
 
     Raises:
-        OptionError: a value makes no sense.
+        OptionError: a value is not valid.
     """
 
     factorized: str | None = field(default=None, metadata={"help": "The folder that surgery.factorize has written."})

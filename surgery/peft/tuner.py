@@ -280,11 +280,13 @@ def scales_in(model: nn.Module, adapter: str) -> AdapterScales:
 
 @on_its_own_terms
 def scales_of(model: nn.Module, adapter_name: str = "default") -> Scales:
-    """The scales or cores of an adapter, as ``surgery.attach`` returns them: to look at, to ``save`` for ``surgery fold``.
+    """The scales or cores of an adapter, as ``surgery.attach`` returns them.
+
+    Use them to inspect the values, or to ``save`` them for ``surgery fold``.
 
     Args:
-        model: with the adapter, in PEFT's wrapper or not.
-        adapter_name: of the adapter.
+        model: a model with the adapter, with or without PEFT's wrapper.
+        adapter_name: name of the adapter.
 
     Raises:
         OptionError: there is no such adapter.

@@ -52,21 +52,26 @@ class ShardPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan(Report):
-    """Everything a factorize run will do. Its JSON is that of its ``PlanSummary``.
+    """Everything that a run of ``factorize`` will do. Its JSON is the JSON of its ``PlanSummary``.
 
     Attributes:
         layout: ``residual`` or ``overlay``.
-        recipe: the name of the recipe that applies, asked for or by the model's family; None: the defaults for any model.
-        options: what was asked for.
-        shards: in the order they are worked on.
+        recipe: the name of the recipe that applies, because it was asked for or belongs to the model's family. None:
+            the default rules for any model.
+        options: the options that were asked for.
+        shards: the weight files, in the order in which surgery works on them.
         skipped: every tensor without a target, with the reason.
         notes: what the user should know before the run.
-        files_along, bytes_along: files that are copied along, such as config, tokenizer and code: how many, and their bytes.
-        left_out: files and folders of the source that stay behind, with the reason; see ``surgery.source.select.Selection``.
-        bytes_read, bytes_written: over the whole run; written is an upper estimate.
-        download_bytes: what a model from the hub still has to be fetched of.
-        temporary_bytes: how much of that is on the disk at a time: all of it, in the hub's cache, unless it is streamed.
-        memory: how many matrices are worked on at a time, and how much memory that takes.
+        files_along: number of other files that are copied, such as config, tokenizer and code.
+        bytes_along: the size of these files.
+        left_out: files and folders of the source that are not copied, with the reason; see
+            ``surgery.source.select.Selection``.
+        bytes_read: bytes that the whole run reads.
+        bytes_written: bytes that the whole run writes; an upper estimate.
+        download_bytes: bytes of a hub model that still have to be downloaded.
+        temporary_bytes: how much of the download is on the disk at one time. Without streaming, all of it is in the
+            hub's cache.
+        memory: how many matrices are processed at the same time, and how much memory that takes.
         train: what the trainable file will hold: ``scales``, or ``core`` for cores.
     """
 
@@ -92,16 +97,20 @@ class Plan(Report):
 
     @property
     def reached(self) -> float:
-        """Share of the weights that would be targets, by number of entries, that are: the others are ``wanted``."""
+        """Share of the weights that should be targets and are targets, by number of entries.
+
+        The others are the entries of ``skipped`` with ``wanted``: surgery passes over them because of the way they are
+        stored.
+        """
         return share_reached(self.targets, self.skipped)
 
     @property
     def trainable(self) -> int:
-        """Number of trainable scales, or of all numbers in cores; the most where an energy decides."""
+        """Number of trainable scales, or of trainable numbers in cores. With an energy it is the largest number possible."""
         return sum(target.numbers_of(self.train) for target in self.targets)
 
     def as_json(self) -> dict[str, Any]:
-        """See ``Report``."""
+        """The plan as JSON, see ``Report.as_json``."""
         return self._summary().as_json()
 
     def _summary(self) -> PlanSummary:

@@ -49,15 +49,16 @@ class Rule:
     """What to do with the tensors whose names match.
 
     Attributes:
-        text: the patterns as they are written.
-        patterns: what a whole name must match one of.
-        view: how the tensor is seen; None: told from its dimensions.
-        slices: the projections that a fused tensor is made of, in this order; none where it is not fused.
-        every: how they alternate: ``group`` (by key-value head) or ``column`` (one by one); None: one after the other.
-        axis: 0 if they are rows of the matrix, 1 if they are columns.
-        split: whether to split it; None: as the recipe says.
+        text: the patterns, as they are written in the recipe.
+        patterns: the compiled patterns. A rule applies if one of them matches the whole name.
+        view: how the tensor is seen; None: this is decided by its dimensions.
+        slices: the projections that a fused tensor consists of, in this order; empty if the tensor is not fused.
+        every: how the slices alternate: ``group`` (by key-value head) or ``column`` (column by column); None: they lie
+            one after the other.
+        axis: 0 if the slices are rows of the matrix, 1 if they are columns.
+        split: whether to split the tensor; None: the recipe decides.
         rank, energy, max_rank: as on the command line.
-        skip: why such a tensor is no target; None if it is one.
+        skip: why such a tensor is not a target; None if it is one.
     """
 
     text: str = field(metadata=in_json("match"))
@@ -93,17 +94,17 @@ class Recipe:
     """Which tensors are factorized, and how they are seen.
 
     Attributes:
-        name: of its file.
-        description: what it is for.
-        families: the models that take it by themselves, by ``model_type`` or class of their config; ``diffusers``: those of any
-            class of diffusers.
-        refines: whether, in a model of these families, tensors that no rule matches are targets as in a model without recipe;
-            else they are passed over.
-        narrows: whether its rules choose among the targets that a model has without it, so that a name that an embedding, a
-            router or a norm shares with what is meant takes none of these.
-        convolutions: with ``refines``, whether the convolutions of blocks are targets, as their linear layers are.
-        split: whether fused projections are split, if nobody says.
-        rules: the first one that matches a tensor's name decides.
+        name: name of its file.
+        description: what the recipe is for.
+        families: the models that get this recipe automatically, by the ``model_type`` or the class in their config.
+            ``diffusers`` stands for models of any class of diffusers.
+        refines: what happens, in a model of these families, with tensors that no rule matches. If true, the default
+            rules decide whether they are targets, as without a recipe. If false, they are passed over.
+        narrows: whether the rules choose only among the tensors that are targets by default. Then a rule whose pattern
+            also matches the name of an embedding, a router or a norm does not make that tensor a target.
+        convolutions: with ``refines``, whether the convolutions of blocks are targets, as the linear layers are.
+        split: whether fused projections are split if neither the user nor the rule decides.
+        rules: the first rule that matches a tensor's name decides.
     """
 
     name: str
@@ -137,17 +138,17 @@ class RecipesReport(Report):
     """The recipes that ship with the package.
 
     Attributes:
-        recipes: by name.
+        recipes: the recipes, sorted by name.
     """
 
     recipes: tuple[Recipe, ...]
 
 
 def recipes() -> RecipesReport:
-    """The recipes that ship with the package, which ``recipe=`` takes by name.
+    """The recipes that ship with the package. ``recipe=`` takes them by name.
 
     Returns:
-        Each one with its description, the families that take it by themselves, and its rules.
+        Each recipe with its description, the model families that get it automatically, and its rules.
     """
     return RecipesReport(tuple(builtin_recipes().values()))
 

@@ -12,18 +12,20 @@ from surgery.reports import Report
 
 @dataclass(frozen=True, slots=True)
 class PlannedTarget:
-    """A weight that would be factorized, or a slice of one.
+    """A weight, or a slice of a weight, that would be factorized.
 
     Attributes:
         tensor: its name.
-        slice: the part of it that is meant, such as ``q`` of a fused projection; None for all of it.
+        slice: the slice of the tensor that is the target, such as ``q`` of a fused projection; None if the whole tensor
+            is.
         shard: the weight file that it is in.
-        dtype, shape: of the tensor, as stored.
-        view: how it is seen: ``matrix``, ``stack`` or ``convolution``.
-        matrices: B, m, n: how many matrices, and their shape.
-        rank: directions to keep of each; the most, where an energy decides.
-        energy: share of the squared Frobenius norm to keep; None: exactly ``rank`` directions.
-        aliases: the tensors that hold the same parameter once more.
+        dtype: the dtype of the tensor, as stored.
+        shape: the shape of the tensor, as stored.
+        view: how the tensor is seen: ``matrix``, ``stack`` or ``convolution``.
+        matrices: B, m, n: the number of matrices and their shape (m, n).
+        rank: directions to keep of each matrix; with an energy, the largest number possible.
+        energy: share of the squared Frobenius norm to keep; None: exactly ``rank`` directions are kept.
+        aliases: the other tensors that hold the same parameter.
     """
 
     tensor: str
@@ -55,28 +57,29 @@ class PlannedTarget:
 
 @dataclass(frozen=True, slots=True)
 class PlanSummary(Report):
-    """A plan without the headers that it was made from.
+    """The plan of a factorization, as JSON has it.
 
     Attributes:
         layout: ``residual`` or ``overlay``.
-        recipe: the name of the recipe that applies; None: the defaults for any model.
+        recipe: the name of the recipe that applies; None: the default rules for any model.
         targets: what would be factorized.
         skipped: every other tensor.
         notes: what the user should know before the run.
-        files_along, bytes_along: what goes along as it is: config, tokenizer, code; how many files, and bytes.
-        left_out: files and folders of the source that stay behind.
-        prove: whether it would be proven of each matrix that no larger singular value was missed.
+        files_along: number of other files that would be copied, such as config, tokenizer and code.
+        bytes_along: the size of these files.
+        left_out: files and folders of the source that would not be copied.
+        prove: whether surgery would prove for each matrix that no larger singular value was missed.
         train: what the trainable file would hold: ``scales``, or ``core`` for cores.
-        trainable: how many numbers that makes; the most, where an energy decides.
-        reached: share of the weights that would be targets, by number of entries, that are; less than 1 where some are passed
-            over for the way they are stored, as ``skipped`` and a note tell.
-        bytes_read: over the whole run.
-        bytes_written: the same; an upper estimate.
-        download_bytes: what a model from the hub still has to be fetched of.
-        temporary_bytes: how much of that is on the disk at a time.
-        workers: how many matrices are worked on at a time.
-        peak_memory_bytes: of this machine's memory; an upper estimate.
-        device_memory_bytes: of each GPU's memory; 0 without one.
+        trainable: number of trainable scales, or of numbers in cores. With an energy it is the largest number possible.
+        reached: share of the weights that should be targets and are targets, by number of entries. It is less than 1 if
+            surgery passes over some of them because of the way they are stored; ``skipped`` and a note name these.
+        bytes_read: bytes that the whole run would read.
+        bytes_written: bytes that the whole run would write; an upper estimate.
+        download_bytes: bytes of a hub model that still have to be downloaded.
+        temporary_bytes: how much of the download is on the disk at one time.
+        workers: how many matrices are processed at the same time.
+        peak_memory_bytes: memory that the run needs on this machine; an upper estimate.
+        device_memory_bytes: memory that the run needs on each GPU; 0 without a GPU.
     """
 
     layout: str

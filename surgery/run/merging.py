@@ -47,11 +47,15 @@ class MergedTensor:
     Attributes:
         tensor: its name.
         shard: the weight file that it is in.
-        dtype, shape: as stored.
-        change: ``added`` to, by low-rank matrices or a bias; ``replaced``; or ``rows`` of it replaced.
-        rank: of what is added; of a stack of matrices the largest; 0 for none.
-        size: of what is added, relative to the weight, in Frobenius norms; null where nothing is added, and before the merge.
-        kept: share of it that is in the weight after rounding; null likewise.
+        dtype: its dtype, as stored.
+        shape: its shape, as stored.
+        change: what the adapters do: ``added`` (low-rank matrices or a bias are added), ``replaced`` (the tensor is
+            replaced), or ``rows`` (some of its rows are replaced).
+        rank: rank of the addition; for a stack of matrices, the largest rank; 0 if nothing is added.
+        size: size of the addition relative to the weight, in Frobenius norms; None if nothing is added, and before the
+            merge.
+        kept: share of the addition that is in the weight after rounding; None if nothing is added, and before the
+            merge.
     """
 
     tensor: str

@@ -18,9 +18,10 @@ class Failure:
     """A check that failed.
 
     Attributes:
-        where: the file, or the target.
+        where: the file or the target.
         check: what was checked.
-        got, expected: what was found, and what should have been; empty where there is nothing to tell.
+        got: what was found; empty if there is nothing to report.
+        expected: what should have been found; empty if there is nothing to report.
     """
 
     where: str

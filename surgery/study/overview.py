@@ -22,9 +22,9 @@ class Amplified:
     """A singular value that fine-tuning has changed.
 
     Attributes:
-        key: of the matrix.
-        index: of the value, from 1.
-        amplification: the new one over the old one.
+        key: key of the matrix.
+        index: index of the value, from 1.
+        amplification: the new value over the old value.
     """
 
     key: str
@@ -34,14 +34,16 @@ class Amplified:
 
 @dataclass(frozen=True, slots=True)
 class ClaimVerdict:
-    """What the numbers say of a claim of others about fine-tuning.
+    """The verdict on a published claim about fine-tuning.
 
     Attributes:
         claim: one of top_amplified, rest_intact, top_turned, scaled_uniformly, turned_alike, intruders, off_principals.
-        arxiv: number of the paper.
+        arxiv: the arXiv number of the paper.
         verdict: holds, holds in part, does not hold, or cannot be told.
-        yes, partly, no, unknown: of how many of the matrices that changed it holds, holds in part, does not hold, or cannot be
-            told.
+        yes: number of changed matrices for which the claim holds.
+        partly: number of changed matrices for which it holds in part.
+        no: number of changed matrices for which it does not hold.
+        unknown: number of changed matrices for which it cannot be told.
     """
 
     claim: str
@@ -55,46 +57,64 @@ class ClaimVerdict:
 
 @dataclass(frozen=True, slots=True)
 class Findings(Report):
-    """What can be said of all matrices together. From ``top_change`` on None where there is no tuned model.
+    """The findings about all matrices together. From ``top_change`` on, entries are None if there is no tuned model.
 
-    The first r directions of a matrix are its top, the next are those after it that are told, and the rest comes after these.
+    The "top" of a matrix is its first r directions. "Next" are the other reported directions, up to k. "Rest" is
+    everything after these k. Medians about the update count only the matrices that changed. docs/study.md defines the
+    numbers of each matrix.
 
     Attributes:
         targets: how many matrices there are.
-        median_stable_rank: of all matrices.
-        median_effective_rank_share: of the effective rank over the shorter side.
-        median_energy: by rank, of the share of the squared norm in as many directions.
-        unconverged: how many matrices have an SVD that did not reach the tolerance: their own, that of what they became, or
-            that of the update.
-        unidentified_share: of the directions, those that their matrix does not determine.
-        top_change, next_change, rest_change: medians of the mean size of the relative change of singular values, of the top,
-            the next and the rest.
-        median_top_amplification, median_next_amplification, median_rest_amplification: of new over old singular values.
-        median_matched_amplification: of the values of what the top's directions became over their own.
-        top_amplified_share: of the top's values, those that grew.
-        median_scaling: of the one factor for all values of a matrix.
-        median_scaling_at_random: of the factor by which a random update of the same size makes the norm larger.
-        median_scaling_of_values, median_scaling_of_update: of what it explains of the change of the values, and of the weights.
-        median_left_cosine, median_right_cosine: of the top's directions and what they became.
-        median_next_left_cosine, median_next_right_cosine: the same of the next.
-        median_turned_alike, median_turned_alike_at_random: of how alike the top's left and right directions turned, and how
-            alike a random update would have turned them.
-        median_in_place: of how strong the top's directions are in the tuned model, over what they were.
-        in_place_grew_share: of these, those that are stronger.
-        order_changes: how many pairs of directions have changed their order.
-        moved_share: of the top's directions, those that are at another place.
-        gone: how many of the top's directions are beyond all that was computed.
-        new: how many left directions of the tuned model's top have a cosine below 1/2 with each of the original that was
+        median_stable_rank: median stable rank.
+        median_effective_rank_share: median of the effective rank over the shorter side.
+        median_energy: for each rank, the median share of the squared norm in that many leading directions.
+        unconverged: number of matrices with an SVD that did not reach the tolerance: of the matrix, of the tuned
+            matrix, or of the update.
+        unidentified_share: share of the directions that their matrix does not determine.
+        top_change: mean size of the relative change of the top's singular values in a matrix; the median over matrices.
+        next_change: the same for the next singular values.
+        rest_change: size of the relative change of the norm of the rest; the median over matrices.
+        median_top_amplification: median of new over old singular values of the top, compared by their order.
+        median_next_amplification: the same for the next singular values.
+        median_rest_amplification: median of the new over the old norm of the rest.
+        median_matched_amplification: for directions of the top that have become mostly one computed direction: the
+            singular value of that direction over their own; the median.
+        top_amplified_share: share of the top's singular values that grew.
+        median_scaling: median of the one factor that fits all singular values of a matrix best.
+        median_scaling_at_random: median of the factor by which a random update of the same size increases the norm.
+        median_scaling_of_values: median share of the change of the singular values that this one factor explains.
+        median_scaling_of_update: median share of the change of the weights that it explains.
+        median_left_cosine: median cosine between a left direction of the top and the direction that it has become.
+        median_right_cosine: the same for right directions.
+        median_next_left_cosine: the same for the next left directions.
+        median_next_right_cosine: the same for the next right directions.
+        median_turned_alike: median of how similarly the top's left and right directions turned: 1 for the same turn, -1
+            for opposite turns.
+        median_turned_alike_at_random: the same number for a random update of the same size.
+        median_in_place: median strength of the top's directions in the tuned model, relative to their old singular
+            value: ``u_i^T W_tuned v_i / s_i``.
+        in_place_grew_share: share of these directions that are stronger than before.
+        order_changes: number of pairs of directions whose order has changed.
+        moved_share: of the top's directions that are mostly one direction of the tuned model, the share that are at
+            another place in the order.
+        gone: number of the top's directions that the tuned model still has, with a singular value below all that were
             computed.
-        new_certain: how many of these cannot be one that was not computed.
-        median_relative_update: of the norm of the change over that of the matrix.
-        median_update_in_left, chance_in_left: of the share of the change inside the top's left subspace, and that by chance.
-        median_update_in_right, chance_in_right: the same of the right one.
-        median_update_in_either, chance_in_either: the same of what is inside either.
-        median_update_in_both, chance_in_both: the same of what is inside both.
-        median_rescaling, chance_rescaling: of the share of it that scales of the top explain, and that by chance.
-        claims: verdicts on claims of others.
-        most_amplified: the values that have changed most, first the furthest.
+        new: number of left directions in the tuned model's top that have a cosine below 1/2 with every computed
+            direction of the original.
+        new_certain: number of these that also cannot be an original direction that was not computed.
+        median_relative_update: median of the norm of the update over the norm of the matrix.
+        median_update_in_left: median share of the update's squared norm inside the top's left subspace.
+        chance_in_left: the same share by chance.
+        median_update_in_right: median share of the update's squared norm inside the top's right subspace.
+        chance_in_right: the same share by chance.
+        median_update_in_either: median share of the update's squared norm inside the left or the right subspace.
+        chance_in_either: the same share by chance.
+        median_update_in_both: median share of the update's squared norm inside both subspaces.
+        chance_in_both: the same share by chance.
+        median_rescaling: median share of the update's squared norm that new scales of the top explain.
+        chance_rescaling: the same share by chance.
+        claims: verdicts on published claims.
+        most_amplified: the singular values of the top that have changed most, the largest change first.
     """
 
     schema_version: ClassVar[int] = SCHEMA_VERSION

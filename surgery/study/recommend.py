@@ -30,19 +30,19 @@ _NOISE = 1e-9
 
 @dataclass(frozen=True, slots=True)
 class Recommendation(Report):
-    """Ranks within a budget.
+    """Ranks that fit a budget.
 
     Attributes:
         out: the recipe file.
-        train: what the ranks are for.
-        unit: of the budget: ``numbers`` to train, or ``bytes`` of U, s and V.
-        budget: how much might be spent.
-        ranks: of each tensor, 0 where it is better left alone.
-        spent: how much is.
-        trainable: how many scales that makes, or numbers in cores.
-        kept: the share of what counts that is kept: of the squared norm of all weights, or of their change.
-        uniform_rank: the largest rank for all that fits the budget.
-        uniform_kept: the share that it would keep.
+        train: what will be trained with these ranks: ``scales`` or ``core``.
+        unit: unit of the budget: ``numbers`` to train, or ``bytes`` of U, s and V.
+        budget: how much may be spent.
+        ranks: the rank of each tensor; 0 if the tensor is better left alone.
+        spent: how much of the budget the ranks use.
+        trainable: how many scales, or numbers in cores, these ranks give.
+        kept: share that is kept of the squared norm of all weights, or of their change if there is a tuned model.
+        uniform_rank: the largest rank that fits the budget if all tensors have the same rank.
+        uniform_kept: the share that this one rank would keep.
     """
 
     out: Path
@@ -75,34 +75,37 @@ def recommend(
     progress: Progress | None = None,
     **keywords: Unpack[RecommendKeywords],
 ) -> Recommendation:
-    """Write a recipe with a rank for each target, such that a budget keeps as much as it can.
+    """Write a recipe with a rank for each target, such that a budget keeps as much as possible.
 
-    What counts is the squared norm of the leading singular values, ``sum s_i^2`` over all weights; with a fine-tuned model
-    what scales of these directions explain of its change, ``sum (u_i^T D v_i)^2``, or what cores do, ``sum ||U^T D V||^2``.
-    Of each matrix k numbers are trained with scales, and k^2 with a core. Solved exactly while that is a matter of
-    seconds (4e9 additions), else greedily by gain over cost, and never for less than one rank for all would keep.
+    What counts is the squared norm of the leading singular values, ``sum s_i^2`` over all weights. With a fine-tuned
+    model, what counts is the part of its change D that can be explained: by scales of these directions
+    ``sum (u_i^T D v_i)^2``, by cores ``sum ||U^T D V||^2``. For a matrix of rank k, scales have k numbers to train, and
+    a core has k^2.
+
+    The ranks are the exact optimum if that takes only seconds (4e9 additions). Otherwise they are chosen greedily by
+    gain over cost. They never keep less than one rank for all targets would.
 
     Args:
         model: local folder or Hugging Face repo id.
-        tuned: the same of a fine-tuned model.
+        tuned: the fine-tuned model, likewise.
         budget: how much may be spent, at least 1.
-        out: the recipe file.
-        train: what will be trained: ``scales``, or ``core``.
-        unit: of the budget: ``numbers`` to train, or ``bytes`` of U, s and V in float32.
+        out: the recipe file to write.
+        train: what will be trained: ``scales`` or ``core``.
+        unit: unit of the budget: ``numbers`` to train, or ``bytes`` of U, s and V in float32.
         max_rank: the most directions of a matrix.
-        options: what chooses the weights, and how accurately they are measured; it may set what there is a keyword for here,
-            but for the largest rank, which is ``max_rank``.
+        options: which weights are measured, and how accurately. It may set the options that are keywords here, except
+            the largest rank: that is ``max_rank``.
         recipe, include, exclude, revision, subfolder: as for ``factorize``.
-        seed, tolerance, device, progress: as for ``surgery.study.spectra.spectra``.
-        overwrite: replace ``out``.
+        seed, tolerance, device, progress: as for ``surgery.spectra``.
+        overwrite: replace ``out`` if it exists.
 
     Returns:
-        The ranks, what they cost, and what they keep beside one rank for all.
+        The ranks, what they cost, and what they keep, compared with one rank for all.
 
     Raises:
-        OptionError: the budget buys nothing, or an option makes no sense.
-        OutputError: ``out`` is there already, or in one of the models.
-        SurgeryError: as for ``spectra``.
+        OptionError: the budget is too small for any direction, or an option is not valid.
+        OutputError: ``out`` exists already, or lies inside one of the models.
+        SurgeryError: as for ``surgery.spectra``.
     """
     chosen = chosen_options("recommend", RecommendKeywords, options, keywords)
     out = Path(out)

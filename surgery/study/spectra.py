@@ -73,16 +73,17 @@ class SpectraOptions:
 
 @dataclass(frozen=True, slots=True)
 class SpectraReport(Report):
-    """The spectra of a model, alone or against a fine-tuned one. Its JSON is the contents of ``spectra.json``.
+    """The spectra of a model, alone or compared with a fine-tuned model. Its JSON is the contents of ``spectra.json``.
 
     Attributes:
-        tool, torch: the versions that measured.
-        device: what the linear algebra ran on.
+        tool: version of surgery.
+        torch: version of torch.
+        device: the device of the linear algebra.
         base: the model.
-        tuned: the fine-tuned one; None without it.
+        tuned: the fine-tuned model; None if there is none.
         options: what was asked for.
-        targets: what was measured of each matrix, an object as described in docs/study.md.
-        findings: what can be said of all of them together.
+        targets: what was measured of each matrix, as an object that docs/study.md describes.
+        findings: the findings about all matrices together.
     """
 
     schema_version: ClassVar[int] = SCHEMA_VERSION
@@ -113,33 +114,37 @@ def spectra(
     progress: Progress | None = None,
     **keywords: Unpack[SpectraKeywords],
 ) -> SpectraReport:
-    """Describe the spectrum of every matrix that ``factorize`` would take, alone or against a fine-tuned model.
+    """Describe the spectrum of every matrix that ``factorize`` would factorize, alone or compared with a fine-tuned model.
 
-    Both models are streamed; the memory needed is set by the largest target in both and by how many are worked
-    on at a time. What the numbers mean is said in ``surgery.study.spectrum`` and docs/study.md.
+    Both models are streamed. The memory needed depends on the largest target in both models, and on how many targets
+    are processed at the same time. ``surgery.study.spectrum`` and docs/study.md explain the numbers.
 
     Args:
         model: local folder or Hugging Face repo id.
-        tuned: the same of a model with the same tensors, in any dtype and shards; for their names see ``project``.
-        out: folder to write the report to: ``spectra.json``, ``spectra.csv`` and, with matplotlib, ``index.html``. They come
-            together, when all is measured; the same call goes on after the last finished weight file. None writes nothing.
-        top: singular values to tell of each matrix.
-        subspace: dimension of the leading subspaces that are compared; 16, or ``top`` if that is less.
-        options: what chooses the weights, and how accurately they are measured; it may set what there is a keyword for here.
-        recipe, split, include, exclude, revision, subfolder: as for ``factorize``; the revision is the first model's.
-        seed, tolerance: of the truncated SVD.
-        device: where the linear algebra runs. On a CPU each matrix is the work of one core: the numbers do not depend on how
-            many there are.
-        overwrite: replace an earlier report in ``out``, which stays as it is until the new one is whole.
-        progress: told how far it is, and what the user should know, such as where ``tuned`` does
-            not look like a fine-tuned model (``surgery.tuned.likeness``); without it that is a ``SurgeryWarning``.
+        tuned: the fine-tuned model, likewise. It has the same tensors, in any dtype and any shards. For the names of
+            its tensors see ``project``.
+        out: folder for the report: ``spectra.json``, ``spectra.csv`` and, if matplotlib is installed, ``index.html``.
+            The files are written together when everything is measured. After an interruption, the same call continues
+            after the last finished weight file. None writes nothing.
+        top: how many singular values to report for each matrix.
+        subspace: dimension of the leading subspaces that are compared; by default 16, or ``top`` if that is less.
+        options: which weights are measured, and how accurately. It may set the options that are keywords here.
+        recipe, split, include, exclude, revision, subfolder: as for ``factorize``; the revision is that of ``model``.
+        seed, tolerance: seed and tolerance of the truncated SVD, see ``surgery.truncated_svd``.
+        device: device of the linear algebra. On a CPU, one core works on each matrix: the numbers do not depend on the
+            number of cores.
+        overwrite: replace an earlier report in ``out``. The earlier report stays until the new one is complete.
+        progress: receives the progress and the notes, such as a note if ``tuned`` does not look like a fine-tuned model
+            (``surgery.tuned.likeness``). Without it, each note is a ``SurgeryWarning``.
 
     Returns:
-        The numbers of each matrix, and the findings about all of them. ``as_json()`` is the content of ``spectra.json``.
+        The numbers of each matrix, and the findings about all of them. ``as_json()`` is the content of
+        ``spectra.json``.
 
     Raises:
-        OutputError: ``out`` holds a report, or another unfinished run; it is in a model, in use, or cannot be written.
-        SurgeryError: a model cannot be had or read, holds NaN, or lacks a tensor; an option makes no sense.
+        OutputError: ``out`` holds a report, or another unfinished run; it lies inside a model, is in use, or cannot be
+            written.
+        SurgeryError: a model cannot be found or read, holds NaN, or lacks a tensor; an option is not valid.
     """
     progress = listening()
     chosen = chosen_options("spectra", SpectraKeywords, options, keywords)

@@ -21,38 +21,43 @@ from surgery.training.ways import Way
 def attach(model: nn.Module, factorized: str | Path, train: Way = "scales") -> Scales:
     """Freeze a model and make the scales of a factorized checkpoint its only trainable parameters.
 
-    Instead of a multiplier for each kept direction a core can be trained, which also turns the directions:
-    ``W + U diag(sqrt s) (C - I) diag(sqrt s) V^T``, with C (k, k) free (``core``; LoRA-XS, arXiv 2405.17604), or
-    ``diag(1 + a) Q diag(1 + b)`` with Q orthogonal (``orthogonal``; PSOFT, arXiv 2505.11235), which is Cayley's transform of
-    a skew matrix.
+    With ``train="core"`` or ``train="orthogonal"``, a core C (k, k) is trained in place of the scales. A core also
+    turns the directions: ``W + U diag(sqrt s) (C - I) diag(sqrt s) V^T``. With ``core``, C is free (LoRA-XS, arXiv
+    2405.17604). With ``orthogonal``, ``C = diag(1 + a) Q diag(1 + b)``, where Q is orthogonal: the Cayley transform of
+    a skew-symmetric matrix (PSOFT, arXiv 2505.11235).
 
-    The model may have been loaded from the original weights or from the factorized folder (residual layout); which, is
-    told by the bytes of its weights, target by target. A weight that is quantized in memory is told by what its layer
-    computes. Untouched scales on the original weights change no bit of what the model computes. Without its scales, a model
-    loaded from the residual layout is another model: load the original, so that whatever loads it once more, such as a
-    trainer that wants a reference, has the same.
+    The model may have been loaded from the original weights or from the factorized folder (residual layout). To find
+    out which, surgery compares the bytes of its weights, target by target. For a weight that is quantized in memory, it
+    compares what the layer computes.
 
-    Linear layers that others have packed, in classes of their own, get scales if they pass gradients on. What
-    compressed-tensors leaves packed until the model is first run is unpacked here, as it would be then.
+    Load the original model if you can. On the original weights, untouched scales change no bit of what the model
+    computes. A model that was loaded from the residual layout is a different model without its scales. Code that loads
+    the model once more, such as a trainer that needs a reference model, would then get that other model.
 
-    Names and shapes of a transformers model are followed through its own conversion: experts that it stacks, and weights
-    that it joins or takes apart. In a model with PEFT's adapters, these stay as trainable as they are. Targets that the
-    loader has dropped, such as the vision tower of a model that is loaded for its text, keep their scales at 1.
+    Linear layers of other packages, which store their weights packed, get scales if gradients pass through them.
+    compressed-tensors may leave weights packed until the model is first run. ``attach`` unpacks these weights, as the
+    first run would.
+
+    If transformers converts names and shapes when it loads the model, surgery follows this conversion: for experts that
+    are stacked, and for weights that are joined or split. In a model with PEFT's adapters, these remain trainable or
+    frozen, as they were. Targets that were not loaded, such as the vision tower of a model that is loaded for text
+    only, keep their scales at 1.
 
     Args:
-        model: in the dtype of the checkpoint or a wider one, or quantized, on any device or several. Not yet sharded.
-        factorized: a folder written by ``surgery.factorize``.
+        model: in the dtype of the checkpoint or a wider one, or quantized; on one device or several. It must not be
+            sharded yet.
+        factorized: a folder that ``surgery.factorize`` has written.
         train: ``scales``, ``core`` or ``orthogonal``.
 
     Returns:
-        The scales, all 1, or cores, all the identity, to be trained, saved and taken out again.
+        The scales, all 1, or the cores, all the identity. Use the result to train, save and detach them.
 
     Raises:
-        SourceError: the model's weights are neither the original nor the residual.
-        OptionError: most targets are not in the model, or one is there under a name that is not known or in a way that scales
-            cannot be attached to, or scales are attached already.
+        SourceError: the model's weights are neither the original weights nor the residual.
+        OptionError: most targets are not in the model; or a target is in the model, but surgery does not know its name
+            or cannot attach scales to it there; or scales are attached already.
         FormatError: the factorized folder is damaged.
-        MissingExtra: the release of transformers does not tell how the model was loaded.
+        MissingExtra: this release of transformers does not tell how the model was loaded.
 
     Warns:
         SurgeryWarning: some targets are not in the model.

@@ -25,7 +25,7 @@ from surgery.training.ways import Way, numbers_of_way, restricted, saved_as, spr
 
 
 class Scales:
-    """The scales, or cores, attached to a model; made by ``attach``."""
+    """The scales, or cores, that are attached to a model. ``attach`` returns them."""
 
     def __init__(
         self,
@@ -77,7 +77,7 @@ class Scales:
 
     @property
     def chosen(self) -> dict[str, torch.Tensor] | None:
-        """Key of each target in the model -> which of its directions are trained, bool (k,), or (B, k) for a stack, on the CPU.
+        """Which directions are trained, for the key of each target in the model: bool (k,), or (B, k) for a stack, on the CPU.
 
         None before ``choose``.
         """
@@ -86,9 +86,9 @@ class Scales:
         return {key: mask.view(self._targets[key].scales_shape).clone() for key, mask in self._masks.items()}
 
     def print_trainable_parameters(self) -> None:
-        """Print how many parameters of the model are trained, and how many it has, as PEFT does.
+        """Print how many parameters of the model are trainable, and how many there are in all, in the format of PEFT.
 
-        All of the model's count: with a LoRA beside the scales, its parameters are trainable as well.
+        All parameters of the model count. If there is a LoRA beside the scales, its parameters count as trainable too.
         """
         trainable = every = 0
         for parameter in self._model.parameters():
@@ -98,21 +98,22 @@ class Scales:
         print(f"trainable params: {trainable:,d} || all params: {every:,d} || trainable%: {100 * trainable / every:.4f}")
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What to hand to an optimizer: for each target in the model one parameter, float32, flat, 0 when untouched.
+        """The parameters for the optimizer: one for each target in the model, float32, flat, 0 when untouched.
 
-        These are ``g - 1`` (B k,) of scales, ``C - I`` (B k k,) of cores, and (B (k (k - 1) / 2 + 2 k),) of orthogonal ones:
-        of each matrix A below its diagonal, row by row, a and b. Use no weight decay.
+        They are ``g - 1`` (B k,) for scales, ``C - I`` (B k k,) for cores, and (B (k (k - 1) / 2 + 2 k),) for
+        orthogonal cores. The latter hold, for each matrix, the skew-symmetric matrix below its diagonal, row by row,
+        then a and b (see ``attach``). Use no weight decay.
 
         Raises:
-            OptionError: they have been offloaded, where nothing can train them.
+            OptionError: the scales have been offloaded and cannot be trained there.
         """
         return iter([_trainable(home.path.delta(i)) for home, i in self._homes.values()])
 
     def values(self) -> dict[str, torch.Tensor]:
-        """Key of a target -> ``g``, float32 (k,), or (B, k) for a stack; or its core ``C``, (k, k) or (B, k, k). On the CPU.
+        """For the key of each target: ``g``, float32 (k,), or (B, k) for a stack; or its core ``C``, (k, k) or (B, k, k).
 
-        Of a target that the model does not have: untouched, or what was last loaded. Where they are sharded over processes,
-        all of these must ask together.
+        All are on the CPU. A target that the model does not have has untouched values, or those that were last loaded.
+        If the scales are sharded over processes, all processes must call this together.
         """
         values = {key: self._values_of(key, self._whole(key)) for key in self._homes}
         return values | {key: value.clone() for key, value in self._absent.items()}
@@ -138,22 +139,24 @@ class Scales:
 
     @on_its_own_terms
     def choose(self, keep: int = 16) -> None:
-        """Go on with those directions of each matrix that the loss depends on most; the others are untouched from here on.
+        """Train only the directions of each matrix that the loss depends on most. The others are untouched from now on.
 
-        By the gradients that backward passes have left in ``parameters()``: of scales their magnitude, of a core the norm of
-        the row and the column of a direction, of orthogonal parameters the norm of those that a direction has a part in. In a
-        run of several processes they are added up over these.
+        The choice uses the gradients that backward passes have left in ``parameters()``. For scales, what counts is the
+        magnitude of the gradient; for a core, the norm over the row and the column of the direction; for orthogonal
+        cores, the norm over all parameters that belong to the direction. In a run with several processes, the gradients
+        are summed over the processes.
 
-        The parameters remain the same objects and become smaller, without gradients: an optimizer that has not made a step
-        stays valid. Directions that are not chosen leave the computation, as if the weights had been factorized without
-        them; where a weight of the model is a residual, which lacks them, they stay in it.
+        The parameters remain the same objects. They become smaller and have no gradients. An optimizer that has not
+        made a step yet stays valid. Directions that are not chosen leave the computation, as if the weights had been
+        factorized without them. If a weight of the model is a residual, which lacks these directions, they stay in the
+        computation.
 
         Args:
-            keep: how many directions to train of each matrix; where no more are trained, all stay.
+            keep: how many directions to train of each matrix. A matrix that has no more than this keeps all of them.
 
         Raises:
-            OptionError: no gradients, none but 0, or some that are not finite; ``keep`` is less than 1; the scales are
-                detached, offloaded, sharded or in DistributedDataParallel.
+            OptionError: there are no gradients, all are 0, or some are not finite; ``keep`` is less than 1; or the
+                scales are detached, offloaded, sharded or in DistributedDataParallel.
 
         Warns:
             SurgeryWarning: the model has residuals.
@@ -197,20 +200,21 @@ class Scales:
 
     @on_its_own_terms
     def save(self, path: str | Path) -> None:
-        """Write the scales file that ``surgery fold`` takes: with ``scales`` multipliers, else cores.
+        """Write the scales file that ``surgery fold`` takes: multipliers if scales are trained, cores otherwise.
 
-        With which directions are chosen, and the parameters of orthogonal cores. In a distributed run all processes must call
-        it, and the first one writes.
+        The file also holds the choice of directions, and the parameters of orthogonal cores. In a distributed run all
+        processes must call this; the first process writes.
 
         Args:
-            path: of the file, replaced if it is there.
+            path: path of the file. An existing file is replaced.
 
         Raises:
-            OptionError: no path; or the scales have been offloaded, or taken over in a way that is not known here.
-            OutputError: it cannot be written.
+            OptionError: ``path`` is not a path; or the scales have been offloaded, or a trainer has changed them in a
+                way that surgery does not know.
+            OutputError: the file cannot be written.
 
         Warns:
-            SurgeryWarning: the model was run, and some scales had no part in it; or they are frozen.
+            SurgeryWarning: the model was run, but did not use some of the scales; or some scales are frozen.
         """
         path = as_path(path, "path")
         used = {key: home.used for key, (home, _) in self._homes.items()}
@@ -238,23 +242,26 @@ class Scales:
 
     @on_its_own_terms
     def load(self, path: str | Path) -> None:
-        """Take the values of a scales file.
+        """Load the values of a scales file.
 
-        Scales are taken as the cores that they amount to, and cores that only scale as scales. A choice of directions is
-        taken over with them. Those of targets that the model does not have are kept for ``values`` and ``save``.
+        If cores are trained, scales in the file are converted to cores. If scales are trained, cores in the file are
+        converted to scales, if they only scale. A choice of directions in the file is loaded too. Values of targets
+        that the model does not have are kept for ``values`` and ``save``.
 
         Args:
-            path: of the file, written with the same factorized folder.
+            path: path of the file, which was written for the same factorized folder.
 
         Raises:
-            ScalesError: no such file, or scales of other factors, or not finite; cores that this way to train does not have;
-                or they have been changed in directions that are not among those chosen here.
-            ReadError, FormatError: it cannot be read, or is no safetensors file.
-            OptionError: no path; or the scales have been offloaded; or directions are chosen in the file, and the model is
-                distributed over processes already.
+            ScalesError: there is no such file; or its scales belong to other factors, or are not finite; or it holds
+                cores that this kind of training cannot represent; or it changes directions that are not among those
+                chosen here.
+            ReadError, FormatError: the file cannot be read, or is not a safetensors file.
+            OptionError: ``path`` is not a path; or the scales have been offloaded; or the file holds a choice of
+                directions, and the model is already distributed over processes.
 
         Warns:
-            SurgeryWarning: see ``surgery.format.scales.reading.read_scales``.
+            SurgeryWarning: the file does not say which factors it belongs to, or has other names or shapes than the
+                targets; or as for ``surgery.read_scales``.
         """
         given = TrainedFile(Path(path), self._manifest)
         parameters = {key: given.parameters(self._targets[key], self._way) for key in self._homes}
@@ -295,13 +302,13 @@ class Scales:
 
     @contextmanager
     def untouched(self) -> Iterator[None]:
-        """A context in which the model computes as with scales of 1. Their values stay, and hold again after it.
+        """A context in which the model computes as with untouched scales. The values return when the context ends.
 
             with scales.untouched():
                 reference = model(ids).logits
 
-        On the original weights that is the original model, bit for bit; on a residual it is within the rounding of the
-        dtype. No gradients are recorded.
+        On the original weights, this is the original model, bit for bit. On a residual, it equals the original model
+        within the rounding of the dtype. No gradients are recorded.
         """
         paths = [attached.path for attached in self._attached]
         before = [path.untouched for path in paths]
@@ -315,7 +322,7 @@ class Scales:
                 path.untouched = value
 
     def act_on(self, module: nn.Module) -> bool:
-        """Whether a weight of the module itself, not of one inside it, has scales.
+        """Whether a weight of this module itself has scales. Modules inside it do not count.
 
         Args:
             module: any module of the model.
@@ -323,7 +330,7 @@ class Scales:
         return any(module is other for attached in self._attached for other in attached.modules)
 
     def detach(self) -> None:
-        """Take the scales out of the model again. Its weights are what they were; they stay frozen."""
+        """Remove the scales from the model. Its weights are what they were before ``attach``; they stay frozen."""
         for attached in self._attached:
             attached.remove()
         self._attached.clear()

@@ -25,23 +25,24 @@ else:
 
 
 class ChooseDirections(_TrainerCallback):
-    """Choose the directions to train by the gradients of some batches, before a Trainer with ``SaveScales`` makes a step.
+    """A Trainer callback that chooses the directions to train before the first step, by the gradients of some batches.
 
         trainer = ScalesTrainer(model, args, train_dataset=data, scales=scales, callbacks=[ChooseDirections(scales)])
 
-    The batches are of its training data, and the loss is the Trainer's; random states are put back, so that the steps are
-    those of a training to which the choice was given. Where directions are chosen already, as in a run that is resumed,
-    nothing is done.
+    The Trainer must have ``SaveScales``. The batches come from its training data, and the loss is the Trainer's.
+    Afterwards the callback restores the random states: the steps are the same as in a training that began with this
+    choice. If directions are chosen already, as in a resumed run, the callback does nothing.
 
     Args:
-        scales: those of the Trainer.
+        scales: the scales that the Trainer trains.
         keep: how many directions to train of each matrix, see ``Scales.choose``.
-        batches: how many are looked at.
+        batches: how many batches to use.
 
     Raises:
-        OptionError: ``keep`` or ``batches`` is less than 1. When training begins: the Trainer has no ``SaveScales`` or other
-            scales, or runs on several processes; or it goes on from a checkpoint in which no directions are chosen.
-        MissingExtra: there is no transformers.
+        OptionError: ``keep`` or ``batches`` is less than 1. When training begins: the Trainer does not have
+            ``SaveScales``, or has other scales, or runs on several processes; or it resumes from a checkpoint in which
+            no directions are chosen.
+        MissingExtra: transformers is not installed.
     """
 
     @on_its_own_terms
@@ -56,11 +57,11 @@ class ChooseDirections(_TrainerCallback):
         self._trainer: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Called by the Trainer.
+        """Choose the directions. The Trainer calls this method.
 
         Args:
-            args: of the Trainer.
-            state: the steps that it has made.
+            args: the Trainer's arguments.
+            state: the Trainer's state, which has the number of steps made so far.
             control: not used.
         """
         if self._scales.chosen is not None:

@@ -34,24 +34,28 @@ class SaveScales(_Trainer):
         scales = surgery.attach(model, "factorized")
         trainer = ScalesTrainer(model, args, train_dataset=data, scales=scales)
 
-    Instead of the model a checkpoint has ``scales.safetensors``, which ``surgery fold`` takes. Otherwise it has what a
-    Trainer's checkpoint has: tokenizer, arguments, optimizer, scheduler, random states, Trainer state. ``save_model`` writes
-    the same except the last four. Resuming and ``load_best_model_at_end`` read the scales back. A resumed run takes the same
-    steps as an uninterrupted one, from scales g that were rounded once, by at most 2^-24 of g.
+    In place of the model, a checkpoint holds ``scales.safetensors``, which ``surgery fold`` takes. Otherwise it holds
+    what a Trainer's checkpoint holds: tokenizer, arguments, optimizer, scheduler, random states and Trainer state.
+    ``save_model`` writes the same, without the last four.
 
-    Cores (``attach(..., train=...)``) are saved likewise, and the directions that are chosen: ``ChooseDirections``. Under FSDP2
-    the scales are gathered when they are saved. PEFT's adapters beside the scales are saved as by PEFT.
+    Resuming and ``load_best_model_at_end`` read the scales back. A resumed run takes the same steps as an uninterrupted
+    one. It starts from scales g that were rounded once, by at most 2^-24 of g.
 
-    The reference model of TRL's trainers (DPO, KTO, GRPO, RLOO, online DPO), unless one is passed to them, is the same model
-    with its scales untouched, whatever they are when training begins; it takes no memory of its own.
+    Cores (``attach(..., train=...)``) are saved in the same way, and so is the choice of directions
+    (``ChooseDirections``). Under FSDP2, the scales are gathered when they are saved. If the model also has PEFT's
+    adapters, these are saved as PEFT saves them.
+
+    TRL's trainers with a reference model (DPO, KTO, GRPO, RLOO, online DPO) need no second model in memory. Unless you
+    pass a reference model, the reference is the same model with its scales untouched, whatever the scales are when
+    training begins.
 
     Args:
-        scales: those attached to the Trainer's model. All other arguments are the Trainer's own.
+        scales: the scales attached to the Trainer's model. All other arguments are the Trainer's own.
 
     Raises:
-        OptionError: the Trainer's model does not train these scales, or trains more than its checkpoints would hold. Or the
-            Trainer makes a second model by itself, mixes or merges whole models, sends weights to vLLM, or reads the weight
-            of an output head that has scales: all of these would leave the scales out.
+        OptionError: the Trainer's model does not train these scales, or trains more than its checkpoints would hold. Or
+            the Trainer makes a second model by itself, mixes or merges whole models, sends weights to vLLM, or reads
+            the weight of an output head that has scales: all of these would leave the scales out.
     """
 
     def __init__(self, *args: Any, scales: Scales, **kwargs: Any) -> None:
@@ -95,13 +99,13 @@ class SaveScales(_Trainer):
             self._show_itself(callback)
 
     def add_callback(self, callback: Any) -> None:
-        """The Trainer's method, except that it refuses callbacks that make or change whole models.
+        """The Trainer's method. It refuses callbacks that make or change whole models.
 
         Args:
             callback: an object or a class, as transformers takes it.
 
         Raises:
-            OptionError: it is such a callback.
+            OptionError: the callback makes or changes whole models.
         """
         check_callback(callback)
         self._show_itself(callback)
@@ -113,7 +117,7 @@ class SaveScales(_Trainer):
         show_trainer(callback, self)
 
     def train(self, *args: Any, **options: Any) -> Any:
-        """The Trainer's method; ``~`` in the path of a checkpoint to resume from is expanded."""
+        """The Trainer's method. It expands ``~`` in the path of a checkpoint to resume from."""
         name = "resume_from_checkpoint"
         if args and isinstance(args[0], str | Path):
             args = (str(as_path(args[0], name)), *args[1:])
@@ -141,7 +145,7 @@ class SaveScales(_Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the scales, the tokenizer and the arguments to a folder, by default ``args.output_dir``.
 
-        In a distributed run all processes must call it.
+        In a distributed run, all processes must call this.
 
         Args:
             output_dir: the folder; ``~`` is expanded.

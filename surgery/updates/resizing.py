@@ -52,12 +52,13 @@ class ResizeOptions:
 
 @dataclass(frozen=True, slots=True)
 class ResizedModule:
-    """A module's update before and after.
+    """The update of one module, before and after.
 
     Attributes:
-        module: its name; in a file of kohya's the one that it has there.
-        rank_before, rank: of its matrices; of a stack of experts that of each.
-        kept: share of the update's squared norm that is in the directions that are left; null for an update of zeros.
+        module: its name; in a file in the layout of kohya, its name in that file.
+        rank_before: rank of its matrices before; for a stack of experts, the rank of each expert.
+        rank: rank of its new matrices; for a stack of experts, the rank of each expert.
+        kept: share of the update's squared norm that is in the kept directions; None for an update of zeros.
     """
 
     module: str

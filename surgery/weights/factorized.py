@@ -81,10 +81,10 @@ class _FilesInUse:
 
 
 class Factorized:
-    """A factorized checkpoint, opened by ``Factorized.open`` to read from it. A context manager that threads may share.
+    """A factorized checkpoint, opened for reading by ``Factorized.open``. It is a context manager; threads may share it.
 
     Attributes:
-        manifest: its targets, what was passed over, and where it came from.
+        manifest: the targets, the tensors that were passed over, and the source.
     """
 
     def __init__(self, checkpoint: FactorizedWeights, open_files: ExitStack, files_at_a_time: int | None) -> None:
@@ -97,21 +97,22 @@ class Factorized:
     @classmethod
     @on_its_own_terms
     def open(cls, folder: str | Path, base: str | Path | None = None, stream: bool = False) -> Self:
-        """Open a factorized checkpoint to read from it.
+        """Open a factorized checkpoint for reading.
 
         Args:
-            folder: written by ``factorize``.
-            base: for an overlay, the model it was made from (folder or hub id), if the one that the manifest names is not to be
-                used.
-            stream: for an overlay on a model of the hub, keep no more than two weight files at a time, in a temporary folder,
-                instead of all of them in the hub's cache. Whoever reads one file after the other has each fetched once.
+            folder: a folder that ``factorize`` has written.
+            base: for an overlay, the model that it was made from (folder or hub id). By default the one that the
+                manifest names.
+            stream: for an overlay on a hub model: keep at most two weight files at a time, in a temporary folder, in
+                place of all of them in the hub's cache. If you read one file after the other, each file is downloaded
+                once.
 
         Returns:
-            The checkpoint; to be used in a ``with`` statement, or closed by ``close``.
+            The checkpoint. Use it in a ``with`` statement, or call ``close`` at the end.
 
         Raises:
-            SourceError: the folder is no factorized checkpoint, or the base is not there or another model.
-            OptionError: a base, or a stream, for a checkpoint that holds its own weights.
+            SourceError: the folder is not a factorized checkpoint; or the base does not exist, or is another model.
+            OptionError: a base, or ``stream``, was given for a checkpoint that holds its own weights.
             ReadError, FormatError: a file cannot be read, or is damaged.
         """
         folder = Path(folder)
@@ -136,7 +137,7 @@ class Factorized:
         self._open.__exit__(kind, error, trace)
 
     def close(self) -> None:
-        """Close all files of the checkpoint and of its base, from which nothing can be read any more. May be called again.
+        """Close all files of the checkpoint and of its base. Nothing can be read afterwards. A second call does nothing.
 
         Raises:
             FormatError: a file has changed since it was read.
@@ -145,9 +146,9 @@ class Factorized:
 
     @property
     def targets(self) -> Mapping[str, tuple[TargetRecord, ...]]:
-        """Tensor -> its targets: one for the whole tensor, or one for each slice.
+        """The targets of each tensor: one for the whole tensor, or one for each slice.
 
-        An alias, which holds the same parameter as a target's tensor, has the targets of that tensor.
+        An alias, which holds the same parameter as the tensor of a target, has the targets of that tensor.
         """
         return self._checkpoint.targets
 
@@ -156,14 +157,15 @@ class Factorized:
         """The kept directions of a target: U (m, k), s (k,) and V (n, k), float32, on the CPU.
 
         Args:
-            key: of the target, as ``manifest.targets`` and scales have it.
-            index: which matrix of a stack; None for all of them, (B, m, k), (B, k) and (B, n, k), and for what is no stack.
+            key: the key of the target, as in ``manifest.targets`` and in scales.
+            index: which matrix of a stack. None for all of them, (B, m, k), (B, k) and (B, n, k), and for a target that
+                is not a stack.
 
         Returns:
             U, s and V.
 
         Raises:
-            OptionError: no such target, or no such matrix; or the checkpoint is closed.
+            OptionError: there is no such target or no such matrix; or the checkpoint is closed.
             ReadError, FormatError: the factors cannot be read, or are damaged.
         """
         self._check_open()
@@ -180,20 +182,24 @@ class Factorized:
     def original(self, tensor: str, index: int | None = None) -> torch.Tensor:
         """A tensor of the model that was factorized, bit for bit.
 
-        Without a correction it is ``round(R + U diag(s) V^T)``, which differs in the last bits of some weights. A tensor with
-        targets that comes back bit for bit is checked against the samples that the manifest has of it. Weight files in a folder
-        are not hashed for it: damage to other entries and tensors is found by ``verify``.
+        Without a correction the result is ``round(R + U diag(s) V^T)``, which differs in the last bits of some weights.
+        If the result is bit for bit and the tensor has targets, it is checked against the samples in the manifest.
+        Weight files in a folder are not hashed. So damage to other numbers and other tensors is found only by
+        ``verify``.
 
         Args:
-            tensor: its name: a target's, or any other in bfloat16, float16 or float32, or, in a base, quantized.
-            index: which matrix of a stack, to read that one alone, (1, m, n); it is not checked. None for the whole tensor.
+            tensor: the name of the tensor: of a target, or any other in bfloat16, float16 or float32, or a quantized
+                one of a base.
+            index: which matrix of a stack, to read only that one, (1, m, n); it is not checked. None for the whole
+                tensor.
 
         Returns:
-            In its own shape and dtype, float32 where it is quantized; on the CPU.
+            The tensor on the CPU, in its own shape and dtype; float32 if it is quantized.
 
         Raises:
-            OptionError: no such tensor, one of another dtype, or no such matrix; or the checkpoint is closed.
-            SourceError: a weight file of the base cannot be fetched, or is damaged.
+            OptionError: there is no such tensor or no such matrix, or the tensor has another dtype; or the checkpoint
+                is closed.
+            SourceError: a weight file of the base cannot be downloaded, or is damaged.
             ReadError, FormatError: a file cannot be read or is damaged, or the base is another model.
         """
         self._check_open()

@@ -34,11 +34,12 @@ class ExportReport(Report):
 
     Attributes:
         out: the folder.
-        format: of the adapter: ``peft``, ``peft-trainable``, ``peft-pissa``, ``diffusers`` or ``kohya``.
-        modules: how many modules it adapts.
-        rank: of all of them.
-        trainable: how many numbers are trained when it is trained further; 0 for an adapter that is not meant for that.
-        bytes_written: of the adapter's weights.
+        format: format of the adapter: ``peft``, ``peft-trainable``, ``peft-pissa``, ``diffusers`` or ``kohya``.
+        modules: how many modules the adapter changes.
+        rank: the rank, which all modules share.
+        trainable: how many numbers are trained if the adapter is trained further; 0 for an adapter that is not meant
+            for training.
+        bytes_written: size of the adapter's weights.
     """
 
     out: Path
@@ -65,42 +66,52 @@ def export(
 ) -> ExportReport:
     """Write scales or cores as an adapter.
 
-    ``peft``: a LoRA against the original model. ``A = V^T`` and ``B = U diag(s (g - 1))``, or for cores
-    ``B = U diag(sqrt s) (C - I) diag(sqrt s)``, padded with zeros to one rank for all modules, with alpha equal to it: loaders
-    that ignore patterns of ranks take it as well. ``diffusers``, ``kohya``: the same for a component of a diffusion pipeline.
+    ``peft``: a LoRA for the original model, ``A = V^T`` and ``B = U diag(s (g - 1))``, or for cores
+    ``B = U diag(sqrt s) (C - I) diag(sqrt s)``. Zeros pad all modules to one rank, and alpha equals this rank: loaders
+    that ignore ranks by module can load it too. ``diffusers``, ``kohya``: the same in these layouts, for a component of
+    a diffusion pipeline.
 
-    ``peft-trainable``: an adapter of PEFT's TinyLoRA for the original model, whose trainable numbers are g - 1, or C - I
-    (``surgery.updates.writing.tinylora_layout``). ``peft-pissa``: a LoRA for the residual that the factorized folder holds,
-    ``A = diag(sqrt s) V^T`` and ``B = U diag(sqrt s)``, with which it begins as the original model (PiSSA, arXiv 2404.02948).
-    What PEFT has trained of either is taken by ``fold`` and ``export``. Only one module is held in memory.
+    ``peft-trainable``: an adapter of PEFT's TinyLoRA for the original model. Its trainable numbers are g - 1, or C - I
+    (``surgery.updates.writing.tinylora_layout``).
+
+    ``peft-pissa``: a LoRA for the residual in the factorized folder, ``A = diag(sqrt s) V^T`` and
+    ``B = U diag(sqrt s)``. Residual and untouched adapter together are the original model (PiSSA, arXiv 2404.02948).
+
+    After PEFT has trained one of these two, ``fold`` and ``export`` take the result. Only one module at a time is held
+    in memory.
 
     Args:
-        factorized: a folder written by ``factorize``.
-        scales: a scales file or a folder that holds one, or for the key of each target ``g``, or its core ``C``; or the folder
-            of an adapter that was trained. None for untouched ones.
-        out: folder to write; ``adapter_config.json`` comes last. The same adapter that is there already is left as it is.
+        factorized: a folder that ``factorize`` has written.
+        scales: a scales file, or a folder that holds one; or a mapping of the key of each target to ``g``, or to its
+            core ``C``; or the folder of an adapter that was trained. None for untouched scales or cores.
+        out: folder to write; ``adapter_config.json`` is written last. If ``out`` holds the same adapter already,
+            surgery leaves it unchanged.
         to: the kind of adapter.
-        train: with ``peft-trainable``: whether ``scales`` or a ``core`` of each target are trained; by default what ``scales``
-            has.
-        base_model: the id or path of the model, which the adapter names as the one that it is for; by default that of the hub
-            that was factorized, or that a local model's card gives to it; for ``peft-pissa`` the factorized folder.
-        push_to_hub: repo id that the adapter is uploaded to as well. An earlier result of surgery there is replaced.
-        private: whether a repository that is created for it is private.
-        overwrite: write in any case, in place of whatever adapter is in ``out``.
-        progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
+        train: with ``peft-trainable``: whether the adapter trains ``scales`` or a ``core`` of each target; by default
+            what ``scales`` holds.
+        base_model: the id or path of the model that the adapter names as its base model. By default it is the hub id of
+            the model that was factorized, or the id in the model card of a local model. For ``peft-pissa`` it is the
+            factorized folder.
+        push_to_hub: id of a hub repository to which surgery also uploads the adapter. An earlier result of surgery
+            there is replaced.
+        private: whether a repository that surgery creates for this is private.
+        overwrite: replace any adapter in ``out``.
+        progress: receives the progress and the notes. Without it, each note is a ``SurgeryWarning``.
 
     Returns:
-        What was written, or is there already.
+        What was written, or what ``out`` holds already.
 
     Raises:
-        OptionError: a target that such an adapter cannot change, or that its loaders are known to load wrongly; options that do
-            not go together; scales that turn directions, where only scales are to be trained.
-        OutputError: another adapter is there, or ``out`` is the folder of the one that was trained.
-        MissingExtra: a transformers model, and transformers is not installed.
+        OptionError: such an adapter cannot change one of the targets, or its loaders are known to load the target
+            wrongly; or options contradict each other; or the given cores turn directions, but only scales are to be
+            trained.
+        OutputError: ``out`` holds another adapter, or is the folder of the adapter that was trained.
+        MissingExtra: it is a transformers model, and transformers is not installed.
         SurgeryError: the factorized folder or the scales are damaged, or do not belong together.
 
     Warns:
-        SurgeryWarning: see ``surgery.format.scales.reading.read_scales``.
+        SurgeryWarning: the file does not say which factors it belongs to, or has other names or shapes than the
+            targets; or as for ``read_scales``.
     """
     progress = listening()
     factorized, out = Path(factorized), Path(out)

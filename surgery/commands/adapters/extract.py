@@ -39,19 +39,20 @@ class ExtractPlan(Report):
     """What an extraction would do, from headers.
 
     Attributes:
-        targets: the weights whose changes would become low-rank pairs; with the most directions, where they are not given.
+        targets: the weights whose changes would become low-rank pairs. If the ranks are not given, each has the largest
+            rank possible.
         saved: tensors that the adapter would hold whole, if they have changed.
-        compared: how many others would only be compared.
-        gone: those of the base that the tuned model does not have.
-        further: those of the tuned model that the base does not have.
-        layout: of the adapter.
+        compared: how many other tensors would only be compared.
+        gone: tensors of the base that the tuned model does not have.
+        further: tensors of the tuned model that the base does not have.
+        layout: layout of the adapter.
         notes: what the user should know before the run.
-        bytes_read: of both models.
-        bytes_written: upper estimate, with what is on the disk in between.
-        download_bytes: what models from the hub still have to be fetched of.
-        workers: how many matrices are worked on at a time.
-        peak_memory_bytes: of this machine's memory; an upper estimate.
-        device_memory_bytes: of each GPU's memory; 0 without one.
+        bytes_read: bytes that would be read of both models.
+        bytes_written: bytes that would be written, including temporary files; an upper estimate.
+        download_bytes: bytes of hub models that still have to be downloaded.
+        workers: how many matrices are processed at the same time.
+        peak_memory_bytes: memory that the run needs on this machine; an upper estimate.
+        device_memory_bytes: memory that the run needs on each GPU; 0 without a GPU.
     """
 
     targets: tuple[PlannedTarget, ...]
@@ -97,14 +98,14 @@ def plan_extract(
     Args:
         base, tuned, rank, energy, budget, max_rank, layout, dtype, uniform, full, options: see ``extract``.
         recipe, include, exclude, seed, tolerance, revision, tuned_revision, subfolder: see ``extract``.
-        device, max_memory, max_device_memory: see ``extract``; on them depends memory alone.
-        progress: told what the user should know; without it that is a ``SurgeryWarning``.
+        device, max_memory, max_device_memory: see ``extract``; they change only the estimates of memory.
+        progress: receives the notes. Without it, each note is a ``SurgeryWarning``.
 
     Returns:
-        The targets, what else would be looked at, and upper estimates of bytes.
+        The targets, the other tensors that would be compared or saved, and upper estimates of bytes.
 
     Raises:
-        OptionError, SourceError, FormatError, ReadError, MissingExtra: as ``extract``.
+        OptionError, SourceError, FormatError, ReadError, MissingExtra: as for ``extract``.
     """
     progress = listening()
     chosen = chosen_options("extract", ExtractKeywords, options, keywords)
@@ -166,57 +167,64 @@ def extract(
     timing: Timing | None = None,
     **keywords: Unpack[ExtractKeywords],
 ) -> ExtractReport:
-    """Write the change from a model to its fine-tuned version as a LoRA adapter, and tell what the adapter lacks of it.
+    """Write the change from a model to its fine-tuned version as a LoRA adapter, and report what the adapter lacks.
 
-    For each weight W of the linear layers, and what else the options choose, the difference ``W_t - W``, formed in float32,
-    is approximated by ``B A`` of rank k with nearly the least error (``surgery.linalg.low_rank``): ``B = U sqrt(s)``,
-    ``A = sqrt(s) V^T``. Both models are streamed: the memory needed is that of the largest target. Every other tensor of
-    the base is compared, and the report tells how much it has changed.
+    The weights are those of the linear layers, and others if the options choose them. For each weight W, the difference
+    ``W_t - W`` is formed in float32 and approximated by ``B A`` of rank k, with nearly the least error
+    (``surgery.linalg.low_rank``): ``B = U sqrt(s)``, ``A = sqrt(s) V^T``. Both models are streamed: the memory needed
+    is that of the largest target. Every other tensor of the base is compared, and the report says how much it has
+    changed.
 
     Args:
         base: local folder or Hugging Face repo id.
-        tuned: the fine-tuned model, likewise; in any dtype and shards. For the names of its tensors see ``project``.
-        out: folder to write, empty or new: the adapter, and ``extraction.json`` with the report.
-        rank: k of each weight, at most its smaller side; ``auto``: as many as stand above the noise that the difference ends
-            in, which rounding leaves. 16 if there is none of these four, and the recipe says nothing.
-        energy: as few directions of each weight as hold this share of its change's squared Frobenius norm.
-        budget: numbers that all pairs may have together, with the zeros that fill them up, shared out such that they hold the
-            most of all changes.
-        max_rank: the most directions of a weight, where the number is not given; 256 if None.
-        layout: ``peft``; for a part of a diffusion pipeline also ``diffusers``, which ``load_lora_weights`` takes, or
-            ``kohya``, for ComfyUI and tools like it.
-        dtype: of the pairs.
+        tuned: the fine-tuned model, likewise, in any dtype and any shards. For the names of its tensors see
+            ``project``.
+        out: folder to write, empty or new. It gets the adapter, and ``extraction.json`` with the report.
+        rank: k of each weight, at most its smaller side. ``auto`` keeps the directions that stand above the noise in
+            the difference; this noise comes from rounding. Without a rank, an energy or a budget, the recipe decides;
+            if it says nothing, the rank is 16.
+        energy: keep as few directions of each weight as hold this share of its change's squared Frobenius norm.
+        budget: how many numbers all pairs may have together, including zeros that pad them. surgery distributes them
+            over the weights such that the pairs hold as much of all changes as possible.
+        max_rank: with an energy, a budget or the rank ``auto``, the most directions of a weight; 256 if None.
+        layout: ``peft``; for a component of a diffusion pipeline also ``diffusers``, which ``load_lora_weights`` takes,
+            or ``kohya``, for ComfyUI and similar tools.
+        dtype: dtype of the pairs.
         uniform: pad all pairs with zeros to one rank, for engines that ignore ranks by module.
-        full: globs over names of tensors that the adapter holds whole, where they have changed: norms, biases, a small head.
-        options: what chooses the weights; it may set what there is a keyword for here.
-        recipe, include, exclude: as for ``factorize``; fused weights stay whole.
-        seed, tolerance: of the approximation, see ``surgery.linalg.low_rank``.
-        revision, tuned_revision: of models from the hub.
-        subfolder: of both, such as ``unet`` of a diffusion pipeline.
-        device: where the linear algebra runs, as for ``factorize``.
+        full: globs over the names of tensors that the adapter holds whole if they have changed: norms, biases, a small
+            head.
+        options: which weights are targets. It may set the options that are keywords here.
+        recipe, include, exclude: as for ``factorize``; fused weights are not split.
+        seed, tolerance: seed and tolerance of the approximation, see ``surgery.linalg.low_rank``.
+        revision, tuned_revision: revisions of the two models on the hub.
+        subfolder: subfolder in both models, such as ``unet`` of a diffusion pipeline.
+        device: device of the linear algebra, as for ``factorize``.
         max_memory, max_device_memory, engine: as for ``factorize``.
-        stream: of models from the hub, of either or both, keep on the disk only the weight files that are in use.
-        push_to_hub: repo id that the adapter is uploaded to as well. An earlier result of surgery there is replaced.
-        private: whether a repository that is created for it is private.
-        overwrite: replace an earlier result in ``out``, which stays as it is until the new one is whole.
-        progress: told how far it is, and what the user should know, such as where ``tuned`` does not look like a fine-tuned
-            model (``surgery.tuned.likeness``); without it that is a ``SurgeryWarning``.
-        timing: told where the time goes.
+        stream: for hub models (one or both): keep only the weight files on the disk that are in use.
+        push_to_hub: id of a hub repository to which surgery also uploads the adapter. An earlier result of surgery
+            there is replaced.
+        private: whether a repository that surgery creates for this is private.
+        overwrite: replace an earlier result in ``out``. The earlier result stays until the new one is complete.
+        progress: receives the progress and the notes, such as a note if ``tuned`` does not look like a fine-tuned model
+            (``surgery.tuned.likeness``). Without it, each note is a ``SurgeryWarning``.
+        timing: records how long each stage takes.
 
     Returns:
-        What was written, and what became of each tensor of the base; what is there already, if ``out`` holds the complete
-        result of the same run.
+        What was written, and what happened to each tensor of the base. If ``out`` holds the complete result of the same
+        run already, the report is about this result.
 
     Raises:
-        OptionError: the options make no sense for these models, an adapter cannot hold a target, or nothing has changed.
-        SourceError: a model cannot be had, or the tuned one lacks a target or has it in another shape.
+        OptionError: the options are not valid for these models, an adapter cannot hold a target, or nothing has
+            changed.
+        SourceError: a model cannot be found or used, or the tuned model lacks a target or has it in another shape.
         ReadError, FormatError: a file cannot be read, or is damaged.
         WeightError: a weight of either model holds NaN or infinity.
-        OutputError: ``out`` holds something else, is in use, or the disk is full or fails.
+        OutputError: ``out`` holds something else or is in use, or the disk is full or fails.
         ClusterError: with Ray, the cluster cannot be reached or is lost.
-        MissingExtra: Ray is not installed, or transformers, where modules are not named as tensors are.
-        SurgeryError: any of these. What has been written by then is no adapter; the same call goes on after the last
-            finished shard.
+        MissingExtra: Ray is not installed; or transformers is not installed, and the names of modules differ from those
+            of tensors.
+        SurgeryError: any of these. What has been written until then is not an adapter. The same call continues after
+            the last finished shard.
 
     Source: Eckart, Young, "The approximation of one matrix by another of lower rank" (Psychometrika 1, 1936).
     """

@@ -43,16 +43,17 @@ class MergePlan(Report):
     """What a merge would do, from headers and adapters.
 
     Attributes:
-        tensors: those that would change.
-        accounts: for each adapter: name of a tensor in its file -> the tensors of the model that it would go to; none for a
-            tensor that is only compared.
+        tensors: the tensors that would change.
+        accounts: for each adapter, the name of each tensor in its file, with the tensors of the model that it would
+            change; empty for a tensor that is only compared.
         shards: how many weight files there are.
-        changed_shards: in how many of them anything would change.
-        bytes_read, bytes_written: of weight files.
-        download_bytes: what a model from the hub still has to be fetched of.
-        workers: how many matrices are worked on at a time.
-        peak_memory_bytes: of this machine's memory; an upper estimate.
-        device_memory_bytes: of each GPU's memory; 0 without one.
+        changed_shards: how many of them would change.
+        bytes_read: bytes of weight files that would be read.
+        bytes_written: bytes of weight files that would be written.
+        download_bytes: bytes of a hub model that still have to be downloaded.
+        workers: how many matrices are processed at the same time.
+        peak_memory_bytes: memory that the run needs on this machine; an upper estimate.
+        device_memory_bytes: memory that the run needs on each GPU; 0 without a GPU.
     """
 
     tensors: tuple[MergedTensor, ...]
@@ -73,18 +74,19 @@ class MergeReport(Report):
 
     Attributes:
         out: the folder.
-        files: its weight files.
-        tensors: those that have changed.
+        files: the weight files that were written.
+        tensors: the tensors that have changed.
         shards: how many weight files there are.
-        restored: how many of them are the source's own, bit for bit.
+        restored: how many weight files are identical to the source's, bit for bit.
         dequantized: whether FP8 weights have become bfloat16.
-        kept: share of the update that is in the weights after rounding, ``<W_out - W, D> / <D, D>`` over all tensors where W
-            are the source's weights and D is what is added to them; null if nothing is added.
-        kept_least: the smallest share that is left of the update of any tensor.
+        kept: share of the update that is in the weights after rounding: ``<W_out - W, D> / <D, D>`` over all tensors,
+            where W are the source's weights and D is what is added to them; None if nothing is added.
+        kept_least: the smallest such share of any tensor.
         kept_least_in: the name of that tensor.
-        error: what is wrong within the directions of the update, of all that was rounded in them: ``||P^T (W_out - W - D) Q||``
-            relative to the update, in Frobenius norms; null if all was rounded to nearest.
-        bytes_written: of its weight files.
+        error: for weights that were rounded in the directions of the update, the error within these directions:
+            ``||P^T (W_out - W - D) Q||`` relative to the update, in Frobenius norms; None if all weights were rounded
+            to nearest.
+        bytes_written: size of the weight files.
     """
 
     out: Path
@@ -120,14 +122,15 @@ def plan_merge(
 
     Args:
         model, adapters, weights, revision, subfolder, rounding, dtype, dequantize: see ``merge``.
-        device, max_memory, max_device_memory: see ``merge``; on them depends memory alone.
-        progress: told what the user should know; without it that is a ``SurgeryWarning``.
+        device, max_memory, max_device_memory: see ``merge``; they change only the estimates of memory.
+        progress: receives the notes. Without it, each note is a ``SurgeryWarning``.
 
     Returns:
-        The tensors that would change, where each tensor of the adapters goes, and upper estimates of bytes.
+        The tensors that would change, which tensors of the model each tensor of the adapters changes, and upper
+        estimates of bytes.
 
     Raises:
-        OptionError, SourceError, FormatError, ReadError, MissingExtra: as ``merge``.
+        OptionError, SourceError, FormatError, ReadError, MissingExtra: as for ``merge``.
     """
     options = MergeOptions.of(adapters, weights, rounding, dtype, dequantize)
     if (Path(model) / MANIFEST_FILE).is_file():
@@ -161,45 +164,49 @@ def merge(
     progress: Progress | None = None,
     timing: Timing | None = None,
 ) -> MergeReport:
-    """Write a model with adapters merged into its weights, under its own names, dtypes and weight files.
+    """Write a model with adapters merged into its weights. It keeps its tensor names, dtypes and weight files.
 
-    The model is not loaded: weight files are streamed, and a weight is read, changed, rounded once and written. What adapters
-    do not change keeps its bytes. Every tensor of an adapter has to find its place.
+    The model is not loaded. surgery streams its weight files: each weight is read, changed, rounded once and written.
+    What adapters do not change keeps its bytes. Every tensor of an adapter must belong to a tensor of the model,
+    otherwise surgery refuses the adapter.
 
     Args:
-        model: local folder or Hugging Face repo id. Or a factorized folder, with one adapter that was trained on its residual
-            (``export`` to ``peft-pissa``): what is written is the original model with what was trained, as by ``fold``.
-        adapters: LoRA adapters as PEFT saves them, or, for a diffusion model, in the layouts of diffusers and kohya: folders,
-            files or repo ids; one, or several whose updates are summed before the one rounding.
+        model: local folder or Hugging Face repo id. It may also be a factorized folder, with one adapter that was
+            trained on its residual (``export`` to ``peft-pissa``). Then surgery writes the original model with what was
+            trained, as ``fold`` does.
+        adapters: LoRA adapters as PEFT saves them or, for a diffusion model, in the layouts of diffusers and kohya:
+            folders, files or repo ids. One, or several whose updates are summed before the one rounding.
         out: folder to write, empty or new.
-        weights: with which each adapter counts in the sum; 1 for each by default.
-        revision: of a hub model.
-        subfolder: of a folder or repository with several models, such as a diffusion pipeline.
+        weights: the weight of each adapter in the sum; 1 for each by default.
+        revision: revision of a hub model.
+        subfolder: the subfolder that holds the model, in a folder or repository with several models, such as a
+            diffusion pipeline.
         rounding: as for ``fold``.
-        dtype: what all weights of 16 and 32 bits are written in; by default each stays in its own.
-        dequantize: write every FP8 weight as bfloat16, or as ``dtype``, without its scales, and drop the quantization from the
-            config; otherwise a changed FP8 weight is quantized again.
+        dtype: the dtype to write for all weights of 16 and 32 bits; by default each keeps its own.
+        dequantize: write every FP8 weight as bfloat16, or as ``dtype``, without its scales, and remove the quantization
+            from the config. Otherwise a changed FP8 weight is quantized again.
         device: as for ``fold``.
         max_memory, max_device_memory, engine, stream: as for ``factorize``.
         push_to_hub, private: as for ``factorize``.
-        overwrite: replace an earlier result in ``out``, which stays as it is until the new one is whole.
-        progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
-        timing: told where the time goes.
+        overwrite: replace an earlier result in ``out``. The earlier result stays until the new one is complete.
+        progress: receives the progress and the notes. Without it, each note is a ``SurgeryWarning``.
+        timing: records how long each stage takes.
 
     Returns:
-        What was written, or is there already if ``out`` holds this very merge.
+        What was written. If ``out`` holds the result of the same merge already, the report is about this result.
 
     Raises:
-        OptionError: an option makes no sense for this model, or an adapter does not fit it, changes nothing, or is of a kind
-            that cannot be merged; names the tensor.
-        SourceError: model or adapter cannot be had, or are in a format that is not read.
+        OptionError: an option is not valid for this model; or an adapter does not fit the model, changes nothing, or is
+            of a kind that cannot be merged. The error names the tensor.
+        SourceError: the model or an adapter cannot be found or used, or has a format that surgery does not read.
         ReadError, FormatError: a file cannot be read, or is damaged.
-        ScalesError: a weight with its update is beyond the range of its dtype.
-        OutputError: ``out`` holds something else, is in use, or the disk is full or fails.
+        ScalesError: a weight with its update is outside the range of its dtype.
+        OutputError: ``out`` holds something else or is in use, or the disk is full or fails.
         ClusterError: with Ray, the cluster cannot be reached or is lost.
-        MissingExtra: Ray is not installed, or transformers, where an adapter's modules are not found by their names.
-        SurgeryError: any of these. ``config.json`` comes last, so no loader takes what is there by then for a model; the
-            same call goes on after the last finished shard.
+        MissingExtra: Ray is not installed; or transformers is not installed, and the modules of an adapter are not
+            found by their names.
+        SurgeryError: any of these. ``config.json`` is written last, so no loader accepts an unfinished folder as a
+            model. The same call continues after the last finished shard.
     """
     progress = listening()
     out = Path(out)

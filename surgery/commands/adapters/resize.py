@@ -28,14 +28,16 @@ class ResizeReport(Report):
 
     Attributes:
         out: the folder or file.
-        modules: those with an update.
-        rank_before, rank: the largest of all modules.
-        kept: share of the squared norm of all updates that is in the directions that are left; null if all are zeros.
-        kept_least: the smallest share that is left of the update of any module.
+        modules: the modules with an update.
+        rank_before: the largest rank of any module before.
+        rank: the largest rank of any module now.
+        kept: share of the squared norm of all updates that is in the kept directions; None if all updates are zero.
+        kept_least: the smallest such share of any module.
         kept_least_in: the name of that module.
-        error: how far the new updates are from the old ones, rounding included, relative to these, in Frobenius norms; null
-            likewise.
-        bytes_before, bytes_written: of the file of weights.
+        error: norm of the difference between new and old updates, rounding included, relative to the old updates, in
+            Frobenius norms; None if all updates are zero.
+        bytes_before: size of the file of weights before.
+        bytes_written: size of the new file of weights.
     """
 
     out: Path
@@ -64,33 +66,38 @@ def resize(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> ResizeReport:
-    """Write a LoRA adapter with another rank, in its own layout and under its own names; no model is needed.
+    """Write a LoRA adapter with another rank, in its own layout and with its own names. No model is needed.
 
-    The update ``scaling B A`` of each module becomes the best approximation of its rank in the Frobenius norm, computed in
-    float64 and rounded once, with a scaling of 1. All other tensors keep their bytes, and all other entries of the config
-    stay. The adapter's matrices are held in memory as float32.
+    The update ``scaling B A`` of each module is replaced by its best approximation of the new rank in the Frobenius
+    norm. The approximation is computed in float64 and rounded once, and its scaling is 1. All other tensors keep their
+    bytes, and all other entries of the config stay. The adapter's matrices are held in memory as float32.
 
     Args:
         adapter: as PEFT saves it, or in the layouts of diffusers and kohya: folder, file or repo id.
-        out: folder to write. Of an adapter in a single file also the file, if its name ends in ``.safetensors``.
-        rank: the directions to keep of each update. One that has fewer keeps its own rank, which a note tells.
-        energy: instead, the share of each update's squared norm that the fewest directions are to hold, above 0 and at most 1.
+        out: folder to write. For an adapter in a single file it may also be a file, if its name ends in
+            ``.safetensors``.
+        rank: how many directions to keep of each update. An update with fewer directions keeps its own rank, and a note
+            says so.
+        energy: use this in place of a rank: keep the fewest directions that hold this share of each update's squared
+            norm, above 0 and at most 1.
         max_rank: with an energy, the most directions.
-        uniform: give all modules the largest rank of any, filled up with zeros, for loaders that take no patterns of ranks.
-        dtype: of the new matrices; by default each stays in its own.
-        dry_run: compute all, and write nothing.
+        uniform: give all modules the largest rank of any module, padded with zeros, for loaders that do not support
+            ranks by module.
+        dtype: dtype of the new matrices; by default each keeps its own.
+        dry_run: compute everything, and write nothing.
         overwrite: replace an earlier adapter in ``out``.
-        progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
+        progress: receives the progress and the notes. Without it, each note is a ``SurgeryWarning``.
 
     Returns:
-        What was written, and what is left of the updates.
+        What was written, and how much of the updates is kept.
 
     Raises:
-        OptionError: an option makes no sense, or the adapter is of another kind or has no low-rank updates.
-        SourceError: there is no adapter, or in a format that is not read.
+        OptionError: an option is not valid, or the adapter is of another kind or has no low-rank updates.
+        SourceError: there is no adapter, or it has a format that surgery does not read.
         ReadError, FormatError: a file cannot be read, is damaged, or holds NaN.
-        OutputError: ``out`` holds one already, is or lies in what is read, or the disk is full or fails.
-        SurgeryError: any of these. The adapter appears whole, or not at all.
+        OutputError: ``out`` holds an adapter already, or is (or lies inside) what is read; or the disk is full or
+            fails.
+        SurgeryError: any of these. The adapter is written completely, or not at all.
     """
     options = ResizeOptions(_wanted(rank, energy, max_rank), uniform, None if dtype is None else DTYPES[dtype])
     path, out = local_adapter(adapter), Path(out)

@@ -29,15 +29,16 @@ _NEAR_ZERO, _NEARLY_ALL, _FEW = 0.5, 0.9, 4
 
 @dataclass(frozen=True, slots=True)
 class ScalesFile:
-    """A scales file as it is, without the factorized checkpoint.
+    """The contents of a scales file, read without the factorized checkpoint.
 
     Attributes:
-        values: key of a target -> its scales, float32 (k,), or (B, k) for a stack; or its core, (k, k), or (B, k, k) for a
-            stack. On the CPU, finite; sorted by name.
-        fingerprint: of the factors that they belong to; None where the file does not say.
-        train: which of the two they are.
-        beside: what a training keeps for itself: ``chosen`` or ``orthogonal`` -> key of a target -> tensor, uint8 (k,) or
-            (B, k), or float32, on the CPU (docs/format.md).
+        values: maps the key of each target to its scales, float32 (k,), or (B, k) for a stack; or to its core, float32
+            (k, k), or (B, k, k) for a stack. All are finite, on the CPU, and sorted by name.
+        fingerprint: the fingerprint of the factors that the scales belong to; None if the file does not say.
+        train: what the file holds: ``scales``, or ``core`` for cores.
+        beside: what a training stores for itself (docs/format.md), under the names ``chosen`` and ``orthogonal``. Each
+            of them maps the key of a target to a tensor on the CPU: uint8 (k,) or (B, k) for ``chosen``, float32 for
+            ``orthogonal``.
     """
 
     values: dict[str, torch.Tensor]
