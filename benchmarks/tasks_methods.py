@@ -124,7 +124,7 @@ def prepare(model: Any, method: Method, linears: str, folder: Path, seed: int) -
     elif method.directions == "top":
         saves = surgery.attach(backbone, factorized, train=method.kind)
     else:
-        add_control(backbone, factorized, method.directions, method.kind, seed)
+        return add_control(backbone, factorized, method.directions, method.kind, seed), None
     return [parameter for parameter in model.backbone.parameters() if parameter.requires_grad], saves
 
 

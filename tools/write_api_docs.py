@@ -13,10 +13,11 @@ import surgery.peft
 
 HEAD = """# From Python
 
-All that `import surgery` gives. Names are imported when they are first used: the first one takes the second that torch takes.
+This page lists everything that `import surgery` gives. surgery imports a name when it is first used. The first name takes
+about a second, because torch is imported.
 
-- Paths are `str`, `Path` or any `os.PathLike` of text; `~` is expanded, environment variables are not. A list may be whatever
-  has an order: a tuple, an iterator, an array. A `device` is its name or a `torch.device`.
+- Paths are `str`, `Path` or any `os.PathLike` of text; `~` is expanded, environment variables are not. A list may be any
+  ordered collection: a tuple, an iterator, an array. A `device` is its name or a `torch.device`.
 - An argument of the wrong kind is an `OptionError` that names it. What is wrong with the call itself, such as an unknown
   keyword, is Python's `TypeError`.
 - The package has types (`py.typed`).

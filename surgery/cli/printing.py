@@ -20,7 +20,7 @@ ADDED = {
     "seconds": ("number", "how long the command took"),
     "profile": (
         "object",
-        "with `--profile`: `seconds` at the weight files, how many `threads` of each kind there were, and the seconds of their "
+        "with `--profile`: the `seconds` that the weight files took, how many `threads` of each kind there were, and the seconds of their "
         "`stages`, summed over the threads of a kind",
     ),
 }

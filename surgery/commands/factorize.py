@@ -174,7 +174,7 @@ def factorize(
         prove: prove for each matrix that no larger singular value was missed. This takes longer. If a proof fails, a
             note and ``top_k`` of the report say so.
         layout: ``residual`` is self-contained. ``overlay`` holds factors only, and the weights stay where they are. The
-            default is ``residual``, or ``overlay`` if targets are FP8.
+            default is ``residual``, or ``overlay`` if targets are quantized.
         train: what the trainable file holds: ``scales``, one multiplier for each kept direction; or ``core``, a matrix
             (k, k) between the kept directions of each matrix. Everything else that is written is the same for both.
         revision: revision of a hub model.

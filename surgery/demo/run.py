@@ -44,13 +44,13 @@ class DemoReport(Report):
         trainable: how many scales there are.
         source_bytes, factorized_bytes, scales_bytes: of the model, the factorized folder and the scales file.
         untouched_fold_identical: whether folding untouched scales gives the original files back, byte for byte.
-        steps: of the training.
+        steps: how many steps the training took.
         loss_before, loss_attached, loss_folded: in nats per byte of text that was held out: of the model, with trained scales,
             and of the folded model.
         seconds_factorize, seconds_train, seconds_fold: how long each took.
         seconds_report: how long the report of the spectra took; None where nothing is kept.
         sentences_measured: how many held-out sentences the original and the folded model were compared on. They are not in
-            the text of the training.
+            the training text.
         sentences_gained: how many of these are more probable for the folded model.
         sentences: two of these sentences: the one whose probability grew most, and the one of median growth.
         changed_by_projection, changed_by_layer: how far the scales g are from 1 after the training, as the mean of abs(g - 1):
@@ -100,7 +100,7 @@ def run_demo(
         steps: optimizer steps.
         device: where the linear algebra of factorize and fold runs; training is on the CPU.
         overwrite: replace an earlier demo in ``out``.
-        progress: told how far it is, and what the user should know; without it that is a ``SurgeryWarning``.
+        progress: receives the progress and the notes. Without it, each note is a ``SurgeryWarning``.
 
     Returns:
         Sizes, losses and times, some sentences before and after, which scales changed, and whether untouched scales fold to

@@ -61,7 +61,7 @@ def measure_sentences(before: Any, folded: Any, text: torch.Tensor, trained_on: 
     Args:
         before, folded: causal language models of bytes.
         text: held-out text, int64 (bytes,).
-        trained_on: the text of the training, int64 (bytes,). Its topics share some sentences with the held-out ones: these
+        trained_on: the training text, int64 (bytes,). Its topics share some sentences with the held-out ones: these
             are passed over.
     """
     data, seen = bytes(text.tolist()), in_one_line(bytes(trained_on.tolist()).decode())
