@@ -38,8 +38,8 @@ HEAD = """# JSON
 With `--json` a command prints one object on stdout, and nothing else there. From Python it is `as_json()` of what the operation
 returns, without what only the command knows: `seconds`, the `profile` and, of `spectra`, `out`.
 
-`schema_version` changes when an entry is gone or means something else, and not when there is a new one: ignore entries that you do
-not know.
+`schema_version` changes when an entry is gone or means something else, and not when there is a new one: ignore entries that you
+do not know.
 Sizes are in bytes, times in seconds, paths are strings as they were given. A number that is not finite is `null`.
 
 Written by `make docs` from the reports' fields and docstrings; a test holds it to what the commands print.

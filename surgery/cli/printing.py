@@ -20,8 +20,8 @@ ADDED = {
     "seconds": ("number", "how long the command took"),
     "profile": (
         "object",
-        "with `--profile`: the `seconds` that the weight files took, how many `threads` of each kind there were, and the seconds of their "
-        "`stages`, summed over the threads of a kind",
+        "with `--profile`: the `seconds` that the weight files took, how many `threads` of each kind there were, and the "
+        "seconds of their `stages`, summed over the threads of a kind",
     ),
 }
 
