@@ -117,17 +117,15 @@ def _starts_with(path: Path, beginning: bytes) -> bool:
     return path.is_file() and path.read_bytes().startswith(beginning)
 
 
-def finish_folder(out: Path, model: Path, rank: int) -> None:
-    """Copy the built-in model to the folder and write the README, last.
-
-    Args:
-        out: the folder.
-        model: the folder of the built-in model.
-        rank: of the demo's targets.
-    """
+def copy_original(out: Path, model: Path) -> None:
+    """Copy the built-in model to the folder."""
     (out / ORIGINAL).mkdir(exist_ok=True)
     for path in sorted(model.iterdir()):
         if path.is_file():
             copy_file(path, out / ORIGINAL / path.name, path.name)
+
+
+def write_readme(out: Path, rank: int) -> None:
+    """Write the README, which comes last; ``rank`` is that of the demo's targets."""
     max_rank = next((one for one in _VLLM_RANKS if one >= rank), rank)
     write_file(out / README, _README.format(max_rank=max_rank).encode())

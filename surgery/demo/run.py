@@ -18,7 +18,7 @@ import torch
 
 from surgery.commands.factorize import factorize
 from surgery.commands.fold import fold
-from surgery.demo.folder import FACTORIZED, FOLDED, REPORT, SCALES, check_folder, finish_folder
+from surgery.demo.folder import FACTORIZED, FOLDED, ORIGINAL, REPORT, SCALES, check_folder, copy_original, write_readme
 from surgery.demo.sentence import SentenceLoss, in_one_line, measure_sentences
 from surgery.device import on_its_own_terms
 from surgery.models.transformers_api import imported
@@ -118,10 +118,11 @@ def run_demo(
     out = Path(out)
     replaces = check_folder(out, MODEL, overwrite=overwrite)
     report = _run(out, rank, steps, str(device), overwrite=overwrite, replaces=replaces)
+    copy_original(out, MODEL)
     clock = time.perf_counter()
-    spectra(MODEL, out / FOLDED, out=out / REPORT, device=device, overwrite=replaces)
+    spectra(out / ORIGINAL, out / FOLDED, out=out / REPORT, device=device, overwrite=replaces)
     report = replace(report, seconds_report=time.perf_counter() - clock)
-    finish_folder(out, MODEL, rank)
+    write_readme(out, rank)
     return report
 
 
