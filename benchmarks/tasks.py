@@ -244,21 +244,20 @@ def tables(results: list[Done]) -> Iterator[str]:
         methods = list(dict.fromkeys(method.name for method in (*MINILM, *SMOLLM2)))
         for method in sorted({one.method for one in of_task}, key=methods.index):
             yield _row([one for one in of_task if one.method == method], classes, statistics.median(full) if full else None)
-        yield from _folds([one for one in of_task if one.folded], classes)
+        yield from _folds([one for one in of_task if one.folded])
 
 
-def _folds(runs: list[Done], classes: bool) -> Iterator[str]:
-    """What became of runs when they were folded."""
+def _folds(runs: list[Done]) -> Iterator[str]:
+    """What became of runs when they were folded in bfloat16, a row for each method."""
     if runs:
-        yield f"\n| folded | kept | least | loss, attached | folded |{' accuracy, attached | folded |' if classes else ''}"
-        yield "| --- " * (7 if classes else 5) + "|"
-    for one in runs:
-        folded = one.folded or {}
-        cells = [f"{one.method}, seed {one.seed}", f"{folded['kept']:.4f}", f"{folded['kept_least']:.3f}"]
-        cells += [f"{one.loss:.4f}", f"{folded['loss']:.4f}"]
-        if classes:
-            cells += [f"{100 * number:.1f}" for number in (one.accuracy, folded["accuracy"]) if number is not None]
-        yield "| " + " | ".join(cells) + " |"
+        yield "\n| folded | kept, all and least | loss attached - folded, at most | accuracy, at most |"
+        yield "| --- " * 4 + "|"
+    for name in dict.fromkeys(one.method for one in runs):
+        of_name = [(one, one.folded) for one in runs if one.method == name and one.folded]
+        kept = [min(folded[key] or 0.0 for _, folded in of_name) for key in ("kept", "kept_least")]
+        loss = max(abs((one.loss or 0.0) - (folded["loss"] or 0.0)) for one, folded in of_name)
+        accuracy = max(abs((one.accuracy or 0.0) - (folded["accuracy"] or 0.0)) for one, folded in of_name)
+        yield f"| {name} | {100 * kept[0]:.2f} %, {100 * kept[1]:.1f} % | {loss:.4f} | {100 * accuracy:.1f} % |"
 
 
 def _row(runs: list[Done], classes: bool, full: float | None) -> str:
