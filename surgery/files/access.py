@@ -14,8 +14,8 @@ from surgery.files.hub_cache import hub_cache
 
 #: errno of a failed write -> what to do, where the same command can succeed afterwards.
 _RETRY_HINTS = {
-    errno.ENOSPC: "free some space, then run the same command again: it goes on where it stopped",
-    errno.EDQUOT: "free some of your quota, then run the same command again: it goes on where it stopped",
+    errno.ENOSPC: "free some space, then run the same command again: it continues where it stopped",
+    errno.EDQUOT: "free some of your quota, then run the same command again: it continues where it stopped",
     errno.EFBIG: "raise the limit of a file's size (ulimit -f), or see what this disk allows, then run the same command again",
 }
 

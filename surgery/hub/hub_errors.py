@@ -13,7 +13,7 @@ from surgery.hub import patience
 
 #: A placeholder in the tables below: the hint is what ``how_to_fetch_it`` gives.
 _ONLINE = "fetch the model while online"
-_GO_ON = "run the same command again: it goes on where it stopped, and what has been fetched is not fetched twice"
+_GO_ON = "run the same command again: it continues where it stopped, and what has been fetched is not fetched twice"
 _TOKEN = "hf auth login, or set HF_TOKEN, with a token that may read it"
 #: Rows of (exception of the client, what happened, what to do). The first row that fits counts, so subclasses come first.
 Messages = tuple[tuple[type[Exception], str, str], ...]

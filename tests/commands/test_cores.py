@@ -153,7 +153,7 @@ def test_an_interrupted_run_goes_on_as_the_other_kind(llama: Path, tmp_path: Pat
         surgery.factorize(llama, tmp_path / "f", rank=3, progress=Stop())
     said = Silent()
     surgery.factorize(llama, tmp_path / "f", rank=3, train="core", progress=said)
-    assert said.notes == ["going on after 3 of 3 shards"]
+    assert said.notes == ["continuing after 3 of 3 shards"]
     assert surgery.inspect(tmp_path / "f").train == "core"
 
 

@@ -213,10 +213,10 @@ def test_stopped_and_gone_on(at: str, llama: Path, tuned: Path, truth: tuple[Pat
     records = sum(name.startswith(".surgery/0") for name in left)
     assert not {"adapter_config.json", "extraction.json"} & left.keys()
     if records:
-        assert stop.notes[-1].endswith("the same command goes on from there")
+        assert stop.notes[-1].endswith("the same command continues from there")
     again = _Items()
     report = extract(llama, tuned, out, **OPTIONS, progress=again)
-    assert [note for note in again.notes if note.startswith("going on")] == [f"going on after {records} of 3 shards"] * (
+    assert [note for note in again.notes if note.startswith("continuing")] == [f"continuing after {records} of 3 shards"] * (
         records > 0
     )
     done = set(again.items) & {one.tensor for one in report.targets}
@@ -366,7 +366,7 @@ def test_an_earlier_result_stays_until_the_new_one_is_whole(
     assert files_of(out) == left
     said = Silent()
     extract(llama, tuned, out, **OPTIONS, overwrite=True, progress=said)
-    assert "going on after 2 of 3 shards" in said.notes
+    assert "continuing after 2 of 3 shards" in said.notes
     assert f"{out} keeps what is no part of a model: notes.txt" in said.notes
     assert files_of(out) == {**files_of(truth[0]), "notes.txt": b"mine"}
     same = save_sharded(tmp_path / "same", tensors_of(llama), 1, llama / "config.json")
@@ -478,7 +478,7 @@ def test_stopped_while_it_streams(
     assert done > 3
     said = Silent()
     extract(*names, out, **OPTIONS, stream=True, progress=said)
-    assert f"going on after {done} of 12 shards" in said.notes
+    assert f"continuing after {done} of 12 shards" in said.notes
     fetched = [path for method, path, _ in hub.requests[before:] if method == "GET" and path.endswith("-of-00012.safetensors")]
     assert len(fetched) <= 12 + 12 - done
     adapter = "adapter_model.safetensors"
@@ -757,7 +757,7 @@ def test_a_damaged_record(
     DAMAGES[damage](out / ".surgery/00001.json")
     said = Silent()
     report = extract(llama, tuned, out, **OPTIONS, progress=said)
-    assert "going on after 1 of 3 shards" in said.notes
+    assert "continuing after 1 of 3 shards" in said.notes
     assert files_of(out) == files_of(truth[0])
     assert _without_place(report) == _without_place(truth[1])
 
@@ -777,7 +777,7 @@ def test_a_damaged_part(
         os.truncate(path, 100)
     said = Silent()
     extract(llama, tuned, out, **OPTIONS, progress=said)
-    assert "going on after 1 of 3 shards" in said.notes
+    assert "continuing after 1 of 3 shards" in said.notes
     assert files_of(out) == files_of(truth[0])
 
 

@@ -33,7 +33,7 @@ from tests.models import files_of, tensors_of
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     # What is said of a run that was begun before or of an upload, where a test does not listen.
-    pytest.mark.filterwarnings("ignore:going on after|.* is already complete|uploaded to:surgery.errors.SurgeryWarning"),
+    pytest.mark.filterwarnings("ignore:continuing after|.* is already complete|uploaded to:surgery.errors.SurgeryWarning"),
     # The client sends a file in a way that its HTTP library would have otherwise.
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
 ]
@@ -200,11 +200,11 @@ def test_stopped_and_gone_on(llama: Path, lora: Path, truth: tuple[Path, MergeRe
     out, stop = tmp_path / "o", _Stop(f"{DOWN}.weight")
     with pytest.raises(KeyboardInterrupt):
         merge(llama, lora, out, progress=stop)
-    assert stop.notes[-1].endswith("the same command goes on from there")
+    assert stop.notes[-1].endswith("the same command continues from there")
     assert not (out / "config.json").exists()
     again = Silent()
     report = merge(llama, lora, out, progress=again)
-    assert again.notes[0].startswith("going on after")
+    assert again.notes[0].startswith("continuing after")
     assert files_of(out) == files_of(truth[0])
     assert _without_place(report) == _without_place(truth[1])
 

@@ -146,7 +146,7 @@ def test_stopped_when_it_takes_its_place(overwrite: bool, lora: Path, tmp_path: 
         with pytest.raises(KeyboardInterrupt):
             surgery.resize(lora, out, rank=4, overwrite=overwrite, progress=stopped)
     assert {path.name for path in out.iterdir()} == {"adapter_model.safetensors", ".surgery"}
-    assert any("the same command goes on" in note for note in stopped.notes)
+    assert any("the same command continues" in note for note in stopped.notes)
     surgery.resize(lora, out, rank=4, overwrite=overwrite, progress=Silent())
     surgery.resize(lora, tmp_path / "another", rank=4)
     assert files_of(out) == files_of(tmp_path / "another")
