@@ -324,7 +324,7 @@ def test_blend_command(files: list[Path], tmp_path: Path, monkeypatch: pytest.Mo
     assert (found["schema_version"], found["space"], found["out"]) == (1, "log", "scales.safetensors")
     done = _run("blend", *files, "--weights", "0.5,half,1", "-o", "other")
     assert done.exit_code == 2
-    assert "'0.5,half,1' is no list of numbers" in done.stderr
+    assert "'0.5,half,1' is not a list of numbers" in done.stderr
     assert _run("blend", *files, "--space", "cubic", "-o", "other").exit_code == 2
     assert _run("blend").exit_code == 2
     save_file(_values(0), "nameless")

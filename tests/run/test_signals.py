@@ -180,7 +180,7 @@ def test_ctrl_c_again_and_again(tmp_path: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         running.send_signal(number)
     assert running.stderr.readline() == "\n"
-    assert running.stderr.readline() == "Stopping, which may take a moment; Ctrl-C once more stops at once.\n"
+    assert running.stderr.readline() == "Stopping. This may take a moment; press Ctrl-C again to stop at once.\n"
     assert running.poll() is None
     running.send_signal(signal.SIGINT)
     running.communicate(timeout=60)

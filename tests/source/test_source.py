@@ -430,8 +430,8 @@ def test_the_plan_says_what_goes_along_and_what_stays(model: Path) -> None:
     assert (parsed["files_along"], parsed["bytes_along"]) == (len(along), sum(map(len, along.values())))
     assert {"file": "checkpoint-100/", "reason": "left by a training run"} in parsed["left_out"]
     text = CliRunner().invoke(main, ["plan", str(model)]).stdout
-    assert f"{len(along)} other files go along, " in text
-    assert "14 files and folders stay behind" in text
+    assert f"{len(along)} other files are copied, " in text
+    assert "14 files and folders are left out" in text
     assert ".cache/, .env, .git/" in text
     every = CliRunner().invoke(main, ["plan", str(model), "--all"]).stdout
     assert all(entry["file"] in every for entry in parsed["left_out"])
