@@ -49,7 +49,7 @@ def read_errors(path: Path, name: str | None = None) -> Iterator[None]:
     except OSError as error:
         hint = advice(error)
         if isinstance(error, FileNotFoundError) and hub_cache(path) is not None:
-            hint = "the hub's cache has lost it; run the same command again: it is fetched once more"
+            hint = "it is no longer in the hub's cache; run the same command again to fetch it"
         raise ReadError(f"{name or path}: cannot be read ({error.strerror or error})", hint=hint) from error
 
 

@@ -517,7 +517,7 @@ def test_a_revision_of_the_tuned_model(
 def test_the_output_is_no_input(overwrite: bool, llama: Path, tuned: Path, tmp_path: Path) -> None:
     base, other = shutil.copytree(llama, tmp_path / "m"), shutil.copytree(tuned, tmp_path / "o/inside")
     for out in (base, base / "sub", other, other / "sub", tmp_path / "o"):
-        with pytest.raises(OutputError, match="lie in one another"):
+        with pytest.raises(OutputError, match="one lies in the other"):
             extract(base, other, out, **OPTIONS, overwrite=overwrite, progress=Silent())
     assert files_of(base) == files_of(llama)
     assert files_of(other) == files_of(tuned)
@@ -800,7 +800,7 @@ def test_a_result_that_has_changed_since(
         path = out / "adapter_model.safetensors"
         path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
     left, of_report = files_of(out), damage in ("edited", "truncated")
-    kind, message = (FormatError, "extraction.json: ") if of_report else (OutputError, "has lost files since")
+    kind, message = (FormatError, "extraction.json: ") if of_report else (OutputError, "some of its files are missing")
     with pytest.raises(kind, match=message) as caught:
         extract(llama, tuned, out, **OPTIONS, progress=Silent())
     assert "--overwrite" in str(caught.value)
@@ -817,7 +817,7 @@ def test_somebody_elses_files(llama: Path, tuned: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="holds files already"):
         extract(llama, tuned, out, **OPTIONS, progress=Silent())
     save_file({"x": torch.ones(2)}, out / "other.safetensors")
-    with pytest.raises(OutputError, match="holds files that no run of surgery has put there"):
+    with pytest.raises(OutputError, match="holds files that no run of surgery has written"):
         extract(llama, tuned, out, **OPTIONS, overwrite=True, progress=Silent())
     assert files_of(out).keys() == {"notes.txt", "other.safetensors"}
 

@@ -503,7 +503,7 @@ def test_one_adapter_twice(llama: Path, lora: Path, tmp_path: Path) -> None:
     """Summed, and told."""
     said = Silent()
     merge(llama, [lora, lora], tmp_path / "o", progress=said)
-    assert said.notes == [f"given more than once, and counted as often: {lora}"]
+    assert said.notes == [f"these adapters are given more than once, and each time is counted: {lora}"]
     before, after = tensors_of(llama), tensors_of(tmp_path / "o")
     for module in SHAPES:
         assert share(before[f"{module}.weight"], after[f"{module}.weight"], 2 * delta(lora, module)) == pytest.approx(
@@ -535,7 +535,7 @@ def test_the_output_is_no_input(overwrite: bool, llama: Path, lora: Path, tmp_pa
     inside = shutil.copytree(lora, tmp_path / "o/inside")
     outs = [(adapter, out) for out in (model, model / "sub", adapter, adapter / "sub")]
     for one, out in [*outs, (inside, tmp_path / "o")]:
-        with pytest.raises(OutputError, match="lie in one another"):
+        with pytest.raises(OutputError, match="one lies in the other"):
             merge(model, one, out, overwrite=overwrite, progress=Silent())
     assert files_of(model) == files_of(llama)
     assert files_of(adapter) == files_of(inside) == files_of(lora)

@@ -300,7 +300,7 @@ def test_a_model_of_somebody_else_is_not_replaced(hub: LoopbackHub, llama: Path,
     """Told before any work as well."""
     repo = hub.publish("acme/precious-model", shutil.copytree(llama, tmp_path / "precious"))
     before = files_of(repo.folder)
-    with pytest.raises(OutputError, match="holds a model that surgery has not put there"):
+    with pytest.raises(OutputError, match="holds a model that surgery has not uploaded"):
         surgery.factorize(llama, tmp_path / "f", rank=4, push_to_hub="acme/precious-model")
     assert files_of(repo.folder) == before
     assert not (tmp_path / "f").exists()

@@ -383,7 +383,7 @@ def test_change_by_somebody_else_at_the_last_moment(hub: LoopbackHub, tmp_path: 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ReadError, match=r"gone\.safetensors: cannot be read"), Upload.open("acme/gone") as target:
         target.submit(tmp_path / "gone.safetensors", "gone.safetensors")
-    with pytest.raises(OutputError, match="the hub takes no such file"), Upload.open("acme/gone") as target:
+    with pytest.raises(OutputError, match="the hub does not accept this file"), Upload.open("acme/gone") as target:
         target.finish({".git/config": b""}, CARD)
 
 
