@@ -120,7 +120,7 @@ def test_a_complete_result_of_the_other_kind(llama: Path, tmp_path: Path) -> Non
     said = Silent()
     report = surgery.factorize(llama, out, rank=3, train="core", progress=said)
     assert report.trainable == 14 * 9
-    assert [note for note in said.notes if "was untouched, and holds cores now" in note]
+    assert [note for note in said.notes if "was untouched, and now holds untouched cores" in note]
     assert read_trained(out / SCALES, manifest).train == "core"
     with pytest.warns(SurgeryWarning) as caught:
         surgery.factorize(llama, out, rank=3, train="core")

@@ -367,7 +367,7 @@ def test_an_earlier_result_stays_until_the_new_one_is_whole(
     said = Silent()
     extract(llama, tuned, out, **OPTIONS, overwrite=True, progress=said)
     assert "continuing after 2 of 3 shards" in said.notes
-    assert f"{out} keeps what is no part of a model: notes.txt" in said.notes
+    assert f"{out} keeps files that are no part of a model: notes.txt" in said.notes
     assert files_of(out) == {**files_of(truth[0]), "notes.txt": b"mine"}
     same = save_sharded(tmp_path / "same", tensors_of(llama), 1, llama / "config.json")
     with pytest.raises(OptionError, match="nothing to extract"):

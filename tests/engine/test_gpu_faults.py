@@ -31,7 +31,7 @@ UNSOLVED = "linalg.eigh: (Batch element 0): The algorithm failed to converge"
 
 NOTES = {
     "cuda:0 has not enough free memory for every matrix: the largest are done on the CPU",
-    "the solvers of cuda:0 fail at some matrices: these are done on the CPU",
+    "the solvers of cuda:0 fail for some matrices: these are done on the CPU",
 }
 #: Where torch allocates, cuBLAS is called, a decomposition is made.
 ALLOCATING = (

@@ -114,8 +114,8 @@ def test_a_folder_with_a_config_and_no_model_in_it(tmp_path: Path) -> None:
         surgery.fold(made, _ones(made), out, device="cpu", overwrite=True, progress=said)
         assert files_of(out) == {**files_of(tmp_path / "alone"), **own}
         assert said.notes == [
-            f"{out} keeps what is no part of a model: notes.csv",
-            f"{out} keeps what may be taken for part of it: README.md, requirements.txt, train.py",
+            f"{out} keeps files that are no part of a model: notes.csv",
+            f"{out} keeps files that loaders may take for a part of the model: README.md, requirements.txt, train.py",
         ]
         shutil.rmtree(out)
 
