@@ -312,7 +312,7 @@ def test_overwrite_replaces_an_earlier_result_and_nothing_else(llama: Path, tmp_
     surgery.factorize(llama, tmp_path / "f", rank=2)
     (tmp_path / "f/mine.txt").write_text("precious")
     (tmp_path / "f/surgery/factors-00007-of-00009.safetensors.partial").write_bytes(b"left by a killed run")
-    with pytest.warns(SurgeryWarning, match="keeps what is no part of a model: mine.txt"):
+    with pytest.warns(SurgeryWarning, match="keeps files that are no part of a model: mine.txt"):
         surgery.factorize(llama, tmp_path / "f", rank=4, layout="overlay", overwrite=True)
     surgery.factorize(llama, tmp_path / "fresh", rank=4, layout="overlay")
     assert files_of(tmp_path / "f") == {**files_of(tmp_path / "fresh"), "mine.txt": b"precious"}

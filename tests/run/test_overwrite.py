@@ -98,7 +98,7 @@ def test_what_another_fold_has_left_does_not_stay(first: int, then: int, tmp_pat
     surgery.fold(of_b, _ones(of_b), tmp_path / "alone", device="cpu")
     own = {"notes.txt": b"mine", "plots/loss.png": b"mine"}
     assert files_of(out) == {**files_of(tmp_path / "alone"), **own}
-    assert said.notes == [f"{out} keeps what is no part of a model: notes.txt, plots/loss.png"]
+    assert said.notes == [f"{out} keeps files that are no part of a model: notes.txt, plots/loss.png"]
 
 
 def test_a_folder_with_a_config_and_no_model_in_it(tmp_path: Path) -> None:
