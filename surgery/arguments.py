@@ -249,7 +249,7 @@ def _expanded(given: Any, what: str) -> str | Path:
     except UnicodeEncodeError:  # half a character
         impossible = True
     if impossible:
-        raise OptionError(f"{what}: no such path can be", got=ascii(text)[:200])
+        raise OptionError(f"{what}: no file can have this path", got=ascii(text)[:200])
     if text.startswith("~"):
         try:
             path = Path(text).expanduser()

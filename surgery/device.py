@@ -42,9 +42,11 @@ def choose_device(name: str) -> torch.device:
         raise OptionError("unknown device", got=repr(name), expected="auto, cpu, cuda, cuda:N or mps")
     if not usable[device.type]:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        raise OptionError(f"device {name} is not there", got=f"{count} CUDA devices", hint="--device auto takes what there is")
+        raise OptionError(
+            f"device {name} is not there", got=f"{count} CUDA devices", hint="--device auto takes a device that is there"
+        )
     if (reason := _why_not(device)) is not None:
-        raise OptionError(f"device {name} does not compute", got=reason, hint="--device auto takes what does")
+        raise OptionError(f"device {name} does not work", got=reason, hint="--device auto takes one that works")
     return device
 
 
@@ -56,12 +58,12 @@ def choose_devices(name: str) -> list[torch.device]:
     """
     if name == "all":
         if not torch.cuda.is_available():
-            raise OptionError("there is no CUDA device", got="--device all", hint="--device auto takes what there is")
+            raise OptionError("there is no CUDA device", got="--device all", hint="--device auto takes a device that is there")
         return [choose_device(f"cuda:{index}") for index in range(torch.cuda.device_count())]
     devices = [choose_device(part.strip()) for part in name.split(",")]
     numbered = {device for device in devices if device.type == "cuda" and device.index is not None}
     if len(devices) > 1 and len(numbered) < len(devices):
-        raise OptionError("these devices do not go together", got=name, expected="different CUDA devices: cuda:0,cuda:1")
+        raise OptionError("these devices cannot be used together", got=name, expected="different CUDA devices: cuda:0,cuda:1")
     return devices
 
 
@@ -158,7 +160,7 @@ def _trouble(error: RuntimeError, device: torch.device) -> str | None:
     if isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in _FULL):
         return f"{device} has not enough free memory for every matrix: the largest are done on the CPU"
     if is_unsolved(error):
-        return f"the solvers of {device} fail at some matrices: these are done on the CPU"
+        return f"the solvers of {device} fail for some matrices: these are done on the CPU"
     return None
 
 
@@ -174,7 +176,7 @@ def _first_that_computes() -> torch.device:
         device = torch.device("cuda", index)
         if (reason := _why_not(device)) is None:
             return device if index else torch.device("cuda")
-        note(f"{device} does not compute and is passed over: {reason}")
+        note(f"{device} does not work and is passed over: {reason}")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 

@@ -28,7 +28,7 @@ from surgery.progress import Silent
 from tests.sealing import MANIFEST
 
 _CHANGES = {"os.rename": (0, 1), "os.remove": (0,), "os.mkdir": (0,), "os.rmdir": (0,), "shutil.rmtree": (0,)}
-_HINT = re.compile(r"stopped after (\d+) shards?; the (same command|command that began it) goes on from there")
+_HINT = re.compile(r"stopped after (\d+) shards?; the (same command|command that started it) continues from there")
 
 
 class _Moments:
@@ -102,9 +102,9 @@ def _sweep(moments: _Moments, call: Callable[[Path, Silent], object], before: Pa
         assert all(int(hint[1]) == records for hint in hints), f"moment {at}: {said.notes}, {records} records"
         again = Silent()
         call(out, again)
-        gone_on = [note for note in again.notes if note.startswith("going on after")]
+        gone_on = [note for note in again.notes if note.startswith("continuing after")]
         if hints and call.__name__ == "factorize":  # a fold says nothing of it, nor does an extraction that is whole
-            assert gone_on == [f"going on after {records} of 3 shards"] * (records > 0), f"moment {at}: {gone_on}"
+            assert gone_on == [f"continuing after {records} of 3 shards"] * (records > 0), f"moment {at}: {gone_on}"
         assert _files(out) == expected, f"moment {at}: {sorted(_files(out).keys() ^ expected.keys())}"
         assert not (out / ".surgery").exists(), f"moment {at}"
     return total

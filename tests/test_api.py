@@ -242,9 +242,9 @@ def test_what_is_no_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     for wrong, message in (
         ("", "is an empty path"),
         ("~no-such-user-here/x", "a user that is not known here"),
-        ("a\0b", "no such path can be"),
-        ("\ud800", "no such path can be"),
-        ("~\ud800", "no such path can be"),
+        ("a\0b", "no file can have this path"),
+        ("\ud800", "no file can have this path"),
+        ("~\ud800", "no file can have this path"),
         (b"x", "is no path"),
         (None, "is no path"),
         (3, "is no path"),

@@ -25,16 +25,19 @@ from surgery.progress import phase
 @click.argument("factorized", type=PATH)
 @json_option
 def inspect(factorized: Path, as_json: bool) -> None:
-    """Show what the folder FACTORIZED holds: a table of targets, or with --json all there is to know.
+    """Show what the folder FACTORIZED holds: a table of targets; with --json, all details.
 
     \b
     energy        share of the squared Frobenius norm in the kept part
-    s_1, s_k      largest and smallest kept singular value; +- where s_k is known to less than 1 %,
-                  unknown where all of it is in doubt
-    residual      largest residual of a kept triplet over s_1, measured
-    undetermined  kept directions that are not determined: no gap to the next value, or none that is known
-    largest       whether no larger singular value was missed: proven, likely or unknown; and the margin,
-                  by how much of s_1 one may still be above s_k
+    s_1, s_k      largest and smallest kept singular value; +- the relative
+                  error of s_k if it may be above 1 %, unknown if it may be
+                  100 % or more
+    residual      largest measured residual of a kept triplet, divided by s_1
+    converged     whether the residuals reached the tolerance
+    undetermined  how many kept directions have no known gap to the next value
+    largest       whether no larger singular value was missed: proven, likely or
+                  unknown; then the margin: a missed value is at most
+                  s_k + margin * s_1
     """
     from surgery.commands import inspect as operation
     from surgery.format.top_k_records import TopKRecord
@@ -96,15 +99,20 @@ def _doubt(share: float) -> str:
     "--base",
     type=MODEL,
     metavar="MODEL",
-    help="The model it was made from: for an overlay, which is checked in part without it, and for --repair.",
+    help="The model that was factorized: for --repair, and for weights that the folder does not hold, as in an overlay.",
 )
 @click.option("--fast", is_flag=True, help="Hashes and headers only, no arithmetic.")
-@click.option("--prove", is_flag=True, help="Prove of each matrix that no larger singular value was missed; takes longer.")
+@click.option("--prove", is_flag=True, help="Prove for each matrix that no larger singular value was missed; takes longer.")
 @click.option(
-    "--repair", is_flag=True, help="First make missing and damaged files again from MODEL, to the bytes that are on record."
+    "--repair", is_flag=True, help="First make missing and damaged files again from MODEL, with exactly the recorded bytes."
 )
-@click.option("--folded", type=MODEL, metavar="MODEL", help="Instead: what of the --scales has arrived in this folded model.")
-@click.option("--scales", type=PATH, metavar="FILE", help="The scales that were folded.")
+@click.option(
+    "--folded",
+    type=MODEL,
+    metavar="MODEL",
+    help="Instead of these checks: measure how much of the update is in this folded model; with --scales.",
+)
+@click.option("--scales", type=PATH, metavar="FILE", help="With --folded: the scales that were folded.")
 @devices_option
 @memory_options
 @json_option
@@ -122,16 +130,17 @@ def verify(
     quiet: bool,
     **chosen: Any,
 ) -> None:
-    """Check the folder FACTORIZED against its manifest. Exit code 3 if anything does not hold.
+    """Check the folder FACTORIZED against its manifest. The exit code is 3 if a check fails.
 
-    Every file has its sha256; headers and shapes fit; factors are orthonormal and singular values descend; residual,
-    factors and correction give back each original weight (by the hash in the manifest); certificates, energies and
-    shares of inexact entries hold, measured again; scales belong to the factors. Each matrix is searched for a larger
-    singular value than the kept ones, from a random start; with --prove it is proven that there is none.
+    verify checks that every file has its recorded sha256, that headers and shapes fit, that factors are orthonormal and
+    singular values descend, that residual, factors and correction give back each original weight (by the hash in the
+    manifest), and that scales belong to the factors. It measures certificates, energies and shares of inexact entries
+    again. In each matrix it searches for a larger singular value than the kept ones, from a random start. With --prove
+    it proves that there is none.
 
-    With --repair files that are missing or damaged are made again first. A residual follows from MODEL and the factors;
-    factors need the SVD again, with the same torch on the same kind of device. Nothing is replaced unless its sha256 is
-    the recorded one, and scales that are there never are.
+    With --repair, missing and damaged files are first made again. A residual is computed from MODEL and the factors.
+    Factors need the SVD again, with the same torch on the same kind of device. verify replaces a file only by one that has
+    the recorded sha256. It never replaces scales that exist.
     """
     bar = Bar(quiet=quiet)
     if folded is not None or scales is not None:
@@ -177,5 +186,5 @@ def _verify_folded(
     if as_json:
         print_json(report, seconds=seconds)
         return
-    kept = kept_of_update(report.kept, report.kept_least) + (f", in {report.kept_least_in}" if report.kept_least_in else "")
-    click.echo(fitted(f"{whole(folded)}: {report.changed} of {report.targets} targets changed{kept}; in {seconds:.1f} s"))
+    kept = kept_of_update(report.kept, report.kept_least, report.kept_least_in)
+    click.echo(fitted(f"{whole(folded)}: {report.changed} of {report.targets} targets changed{kept}, in {seconds:.1f} s"))

@@ -58,7 +58,7 @@ _PLANNING: tuple[str | Decorator, ...] = (
     click.option(
         "--layout",
         type=click.Choice(["residual", "overlay"]),
-        help="residual: self-contained; overlay: factors only, the weights stay where they are.  "
+        help="residual: self-contained; overlay: factors only, used with the weights of the original model.  "
         "[default: residual; overlay where a target is quantized]",
     ),
     "correction",
@@ -106,9 +106,9 @@ def factorize(
 ) -> None:
     """Write the factorized form of MODEL, a Hugging Face repo id or a local folder.
 
-    Which weights are factorized is told by the recipe of the model's family, or by default: the linear layers inside
-    transformer blocks, experts included; no embeddings, output heads, norms, biases or routers. surgery plan lists
-    every tensor that is passed over, with the reason.
+    The recipe of the model's family says which weights are factorized. Without a recipe, these are the linear layers inside
+    transformer blocks, experts included; embeddings, output heads, norms, biases and routers are passed over. surgery plan
+    lists every tensor that is passed over, with the reason.
     """
     bar = Bar(quiet=quiet)
     if dry_run:
@@ -151,16 +151,16 @@ def factorize(
 @click.command(short_help="Show what factorize would do, from headers.")
 @click.argument("model", type=MODEL)
 @fills_options(*_PLANNING)
-@click.option("--all", "every", is_flag=True, help="Every tensor on a line of its own, not by group.")
+@click.option("--all", "every", is_flag=True, help="Show each tensor on its own line, not by group.")
 @json_option
 @quiet_option
 @notes_and_quiet
 def plan(model: str, options: Options, every: bool, as_json: bool, quiet: bool, **where: Any) -> None:
     """Show what surgery factorize would do with MODEL and the same options, from headers.
 
-    For a model on the hub only headers are fetched. Of a local one, weights that may be stored twice are compared. Tensors
-    are shown by group: those whose names differ in numbers alone. Memory and disk are upper estimates; the time is a
-    rough one, without downloads.
+    Of a model on the hub, plan fetches only the headers. Of a local model, it also compares weights that may be stored
+    twice. Tensors whose names differ only in numbers are shown as one group. Memory and disk are upper estimates. The time
+    is a rough estimate, without downloads.
     """
     _show_plan(model, options, where, as_json, quiet, every=every)
 
@@ -184,7 +184,7 @@ def _show_plan(model: str, options: Options, where: dict[str, Any], as_json: boo
 @click.command(short_help="List the recipes and what they match.")
 @json_option
 def recipes(as_json: bool) -> None:
-    """List the built-in recipes: the families that take them by themselves, and the tensors that their rules match.
+    """List the built-in recipes: the model families that use them by default, and the tensors that their rules match.
 
     Copy one, edit it, and give its path to --recipe; docs/recipes.md describes the format.
     """

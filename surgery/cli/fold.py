@@ -43,7 +43,7 @@ from surgery.progress import phase
     "--lora",
     metavar="ADAPTER",
     type=PATH,
-    help="Folder of a LoRA adapter trained together with the scales, added before the one rounding.",
+    help="Folder of a LoRA adapter that was trained together with the scales. It is added before weights are rounded, once.",
 )
 @dequantize_option
 @rounding_option
@@ -71,10 +71,10 @@ def fold(
     """Fold the scales or cores in file SCALES into the weights of folder FACTORIZED.
 
     Writes a folder that loads as the original model did, with its names, dtypes, shards, config and tokenizer.
-    Untouched ones give back the original files byte for byte. A changed quantized weight is quantized again.
+    Untouched scales or cores give back the original files byte for byte. A changed quantized weight is quantized again.
 
-    SCALES may also be the folder of an adapter that PEFT has trained: one that surgery export has written to be trained, or
-    one of surgery.peft.
+    SCALES may also be the folder of an adapter that PEFT has trained: an adapter that surgery export has written for training,
+    or one of the method in surgery.peft.
     """
     bar = Bar(quiet=quiet)
     with phase(bar, "starting"):
@@ -108,7 +108,7 @@ def fold(
     if report.dequantized:
         outcome += ", quantized weights now bfloat16"
     if not report.lossless:
-        outcome += ", the others only nearly the source's (made with --no-correction)"
+        outcome += ", the others not exactly the source's (made with --no-correction)"
     if timing is not None:
         click.echo(profile_text(timing, seconds))
     say(f"{whole(out)}: {outcome}; {size(report.bytes_written)} in {seconds:.1f} s", quiet=quiet)

@@ -83,7 +83,7 @@ class _Signals:
                 os._exit(128 + number)
             self._insisted = True
             with suppress(OSError):  # not through sys.stderr, which the signal may have interrupted in a write
-                os.write(2, b"\nStopping, which may take a moment; Ctrl-C once more stops at once.\n")
+                os.write(2, b"\nStopping. This may take a moment; press Ctrl-C again to stop at once.\n")
 
 
 def _drop_unwritten(stream: TextIO | None) -> None:
@@ -165,8 +165,8 @@ def main() -> None:
     """Surgery on model checkpoints: factorize weights by truncated SVD, train only scales, fold them back.
 
     \b
-    surgery factorize MODEL --rank 16              write MODEL's factorized form and a tiny file of scales
-    surgery fold factorized/ scales.safetensors    fold trained scales back into dense weights
+    surgery factorize MODEL --rank 16              write factors and scales
+    surgery fold factorized/ scales.safetensors    fold the trained scales
     """
 
 

@@ -51,18 +51,19 @@ devices_option = click.option(
     default="auto",
     show_default=True,
     metavar="DEVICE",
-    help="auto, cpu, cuda, cuda:N, mps; cuda:0,cuda:1: several; all: every CUDA device.",
+    help="auto, cpu, cuda, cuda:N or mps; several: cuda:0,cuda:1; all: every CUDA device.",
 )
 revision_option = click.option("--revision", metavar="REV", help="Branch, tag or commit of a hub model.")
 stream_option = click.option(
-    "--stream", is_flag=True, help="Of a hub model keep no more than two weight files on the disk at a time."
+    "--stream", is_flag=True, help="Keep at most two weight files of a hub model on the disk at a time."
 )
-subfolder_option = click.option("--subfolder", metavar="PATH", help="The model in this subfolder, as in a diffusion pipeline.")
+subfolder_option = click.option("--subfolder", metavar="PATH", help="Subfolder with the model, as in a diffusion pipeline.")
 rounding_option = click.option(
     "--rounding",
     type=click.Choice(["nearest", "directions"]),
-    help="directions: keep what the update does in its own directions; by default for quantized weights, and where nearest "
-    "would lose more than 0.5 % of a weight's update.",
+    help="nearest: round each number to the nearest one. directions: round such that the update arrives in its own "
+    "directions.  [default: directions for quantized weights and where nearest would lose more than 0.5 % of a weight's "
+    "update; else nearest]",
 )
 dequantize_option = click.option(
     "--dequantize", is_flag=True, help="Write quantized weights as bfloat16, and drop the quantization from config.json."
@@ -72,13 +73,16 @@ engine_option = click.option(
     type=click.Choice(["local", "ray"]),
     default="local",
     show_default=True,
-    help="ray: a task of a Ray cluster for each weight file.",
+    help="local: on this machine; ray: on a Ray cluster, one task for each weight file.",
 )
 profile_option = click.option("--profile", is_flag=True, help="Print where the time went, by thread and stage.")
 overwrite_option = click.option("--overwrite", is_flag=True, help="Replace an earlier result in the output folder.")
-overwrite_file_option = click.option("--overwrite", is_flag=True, help="Replace the file if it is there.")
+overwrite_file_option = click.option("--overwrite", is_flag=True, help="Replace the file if it exists.")
 factorized_option = click.option(
-    "--factorized", type=PATH, metavar="FOLDER", help="What an adapter made by export --to peft-trainable was exported from."
+    "--factorized",
+    type=PATH,
+    metavar="FOLDER",
+    help="For an adapter made by export --to peft-trainable: the factorized folder that it was exported from.",
 )
 overlay_base_option = click.option(
     "--base", type=MODEL, metavar="MODEL", help="For an overlay: the model it was made from, if not the one the manifest names."
@@ -106,20 +110,33 @@ _DEFAULTS = Options()
 #: Field of ``Options`` -> makes the option of the command line that fills it.
 _FIELD_OPTIONS: Mapping[str, Callable[..., Decorator]] = {
     "rank": partial(
-        click.option, "--rank", type=int, metavar="K", help="Singular directions to keep of each matrix.  [default: 16]"
+        click.option,
+        "--rank",
+        type=int,
+        metavar="K",
+        help="How many singular directions to keep of each matrix.  [default: 16]",
     ),
     "energy": partial(
-        click.option, "--energy", type=float, metavar="X", help="Keep this share of each one's squared norm (0 to 1) instead."
+        click.option,
+        "--energy",
+        type=float,
+        metavar="X",
+        help="Instead of a rank: keep this share (0 to 1) of each matrix's squared norm.",
     ),
     "max_rank": partial(
-        click.option, "--max-rank", type=int, metavar="K", help="With --energy: the most directions.  [default: 256]"
+        click.option,
+        "--max-rank",
+        type=int,
+        metavar="K",
+        help="With --energy: the largest number of directions of a matrix.  [default: 256]",
     ),
     "recipe": partial(
         click.option,
         "--recipe",
         type=MODEL,
         metavar="NAME|FILE",
-        help="Which tensors, how seen: see surgery recipes.  [default: the family's]",
+        help="Which weights are taken, and how they are viewed as matrices; see surgery recipes.  [default: the recipe of the "
+        "model's family, if there is one]",
     ),
     "split": partial(
         click.option,
@@ -131,14 +148,14 @@ _FIELD_OPTIONS: Mapping[str, Callable[..., Decorator]] = {
         click.option,
         "--correction/--no-correction",
         default=_DEFAULTS.correction,
-        help="Keep what makes residuals lossless (0.06 to 0.15 bytes per weight).  [default: correction]",
+        help="Store the correction, which makes residuals lossless (0.06 to 0.15 bytes per weight).  [default: correction]",
     ),
     "include": partial(
         click.option,
         "--include",
         multiple=True,
         metavar="GLOB",
-        help="Take exactly the weights whose names match (repeatable).",
+        help="Take the weights whose names match, and no others (repeatable).",
     ),
     "exclude": partial(
         click.option, "--exclude", multiple=True, metavar="GLOB", help="Never take tensors that match (repeatable)."
@@ -149,13 +166,13 @@ _FIELD_OPTIONS: Mapping[str, Callable[..., Decorator]] = {
         "--tolerance",
         default=_DEFAULTS.tolerance,
         show_default=True,
-        help="Residual over the largest singular value at which the SVD stops.",
+        help="The SVD stops when all residuals, divided by the largest singular value, are at most this.",
     ),
     "prove": partial(
         click.option,
         "--prove",
         is_flag=True,
-        help="Prove of each matrix that no larger singular value was missed; takes longer.",
+        help="Prove for each matrix that no larger singular value was missed; takes longer.",
     ),
 }
 
@@ -188,9 +205,9 @@ def fills_options(*parts: str | Decorator, words: Mapping[str, str] | None = Non
 
 def memory_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options for the memory that a run may use."""
-    host = "Host memory to keep to, such as 8GB.  [default: half of what is free]"
+    host = "Limit for the host memory, such as 8GB.  [default: half of what is free]"
     limit = click.option("--max-memory", callback=_bytes, metavar="SIZE", help=host)
-    device = "Memory of each GPU to keep to.  [default: four fifths of it]"
+    device = "Limit for the memory of each GPU.  [default: four fifths of it]"
     of_device = click.option("--max-device-memory", callback=_bytes, metavar="SIZE", help=device)
     return limit(of_device(command))
 
@@ -198,10 +215,10 @@ def memory_options(command: Callable[..., None]) -> Callable[..., None]:
 def push_options(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options for uploading a result to the hub."""
     repo = click.option(
-        "--push-to-hub", metavar="REPO", help="Upload the result to this hub repository as well, while it is made."
+        "--push-to-hub", metavar="REPO", help="Also upload the result to this hub repository, file by file while it is made."
     )
     public = click.option(
-        "--private/--public", default=True, show_default=True, help="Visibility of a repository that is created for it."
+        "--private/--public", default=True, show_default=True, help="Visibility of the repository, if it is created."
     )
     return repo(public(command))
 

@@ -14,12 +14,18 @@ if TYPE_CHECKING:
     from surgery.run.merging import MergedTensor
 
 
-def kept_of_update(kept: float | None, least: float | None) -> str:
-    """What rounding kept of an update, as a part of a sentence that begins with a comma; empty if nothing was updated."""
+def kept_of_update(kept: float | None, least: float | None, least_in: str | None = None) -> str:
+    """What rounding kept of an update, as a part of a sentence that begins with a comma; empty if nothing was updated.
+
+    Args:
+        kept, least: of all updates together, and of the one that it kept least of.
+        least_in: the name of that one, if it is to be told.
+    """
     if kept is None or least is None:
         return ""
     all_of_it, worst = share_text(kept), share_text(least)
-    return f", {all_of_it} of the update kept" + (f" (least {worst})" if worst != all_of_it else "")
+    where = "" if least_in is None else f" in {least_in}"
+    return f", {all_of_it} of the update kept" + (f" (least {worst}{where})" if worst != all_of_it else "")
 
 
 def share_text(share: float) -> str:

@@ -45,8 +45,8 @@ def plan_text(plan: Plan, seconds: float, *, every: bool) -> str:
         f"{plan.layout} layout, "
         + (f"recipe {plan.recipe}" if plan.recipe else "no recipe: the defaults for any model")
         + (", each matrix with a proof" if plan.options.prove else ""),
-        f"{plan.files_along} other files go along, {size(plan.bytes_along)}"
-        + (f"; {len(plan.left_out)} files and folders stay behind" if plan.left_out else ""),
+        f"{plan.files_along} other files are copied, {size(plan.bytes_along)}"
+        + (f"; {len(plan.left_out)} files and folders are left out" if plan.left_out else ""),
         f"reads {size(plan.bytes_read)}, writes at most about {size(plan.bytes_written)}, "
         + _download(plan)
         + f"needs at most about {size(plan.memory.peak_bytes)} of memory"
@@ -86,5 +86,5 @@ def _download(plan: Plan) -> str:
     if not plan.download_bytes:
         return ""
     if plan.temporary_bytes < plan.download_bytes:
-        return f"downloads {size(plan.download_bytes)}, of which at most {size(plan.temporary_bytes)} are here at a time, "
+        return f"downloads {size(plan.download_bytes)}, with at most {size(plan.temporary_bytes)} of it on the disk at a time, "
     return f"downloads {size(plan.download_bytes)} into the hub's cache, "

@@ -33,7 +33,7 @@ def scales() -> None:
 
     \b
     surgery scales new FACTORIZED [--train core]    untouched scales, or cores
-    surgery scales show FILE [--top N] [--json]     what changed most, and a summary
+    surgery scales show FILE [--top N] [--json]     the largest changes
     """
 
 
@@ -76,13 +76,13 @@ def show(file: Path, top: int, factorized: Path | None, as_json: bool, quiet: bo
 
     FILE may also be the folder of an adapter that holds scales or cores.
 
-    Matrices of a stack are counted from 0, directions from 1: direction 1 has the largest singular value. Of cores C those are
-    shown that are furthest from the identity:
+    Matrices of a stack are counted from 0, directions from 1: direction 1 has the largest singular value. Of cores C, the
+    command shows those that are furthest from the identity:
 
     \b
     |C - I|    the distance, Frobenius norm
     stretch    smallest and largest singular value of C
-    turn       by which angles it turns, in degrees: those of its polar factor
+    turn       the angles by which C turns, in degrees: those of its polar factor
     entries    the largest of C - I, as row,column:value
     """
     from surgery.commands.scales import show_scales

@@ -51,7 +51,7 @@ out_option = click.option(
     type=click.Choice(TRAINS),
     default="scales",
     show_default=True,
-    help="What is found: scales, or cores, which turn the kept directions as well.",
+    help="What to find: scales, or cores, which also turn the kept directions.",
 )
 @overlay_base_option
 @device_option
@@ -72,17 +72,18 @@ def project(
 ) -> None:
     """Write the scales or cores that bring the folder FACTORIZED closest to TUNED, a repo id or a local folder.
 
-    TUNED is the same model, fully fine-tuned: the same tensors, in any dtype and any shards, also under names that a wrapper
-    has given them, or stored in another way that transformers loads as the same. The scales are the least-squares ones,
-    g_i = 1 + u_i^T (W_tuned - W) v_i / s_i, and so are cores, C = I + U^T (W_tuned - W) V / sqrt(s s^T). The table shows, for
-    each target:
+    TUNED is a full fine-tune of the same model: the same tensors, in any dtype and any shards. They may have names that a
+    wrapper has given them, or be stored in another way that transformers loads as the same. Scales and cores are the
+    least-squares solutions: g_i = 1 + u_i^T (W_tuned - W) v_i / s_i, and C = I + U^T (W_tuned - W) V / sqrt(s s^T). The table
+    shows, for each target:
 
     \b
     change      size of the change, |W_tuned - W| / |W| (Frobenius norms)
-    explained   share of the change's squared norm that the scales make up;
-                with --train core two columns: scales, and core
-    |g - 1|     the largest distance of a scale from 1; |C - I| of an entry
-                of a core from that of the identity
+    explained   share of the change's squared norm that the scales explain;
+                with --train core in two columns: scales, and core
+    |g - 1|     largest distance of a scale from 1
+    |C - I|     with --train core: largest distance of an entry of a core
+                from the same entry of the identity
     """
     bar = Bar(quiet=quiet)
     with phase(bar, "starting"):
@@ -120,21 +121,24 @@ def _numbers(ctx: click.Context, parameter: click.Parameter, value: str | None) 
     try:
         return None if value is None else [float(part) for part in value.split(",")]
     except ValueError:
-        raise click.BadParameter(f"{value!r} is no list of numbers such as 0.7,0.3") from None
+        raise click.BadParameter(f"{value!r} is not a list of numbers such as 0.7,0.3") from None
 
 
 @click.command(short_help="Take the weighted mean of scales files.")
 @click.argument("files", nargs=-1, required=True, metavar="FILE...", type=PATH)
 @out_option
 @click.option(
-    "--weights", callback=_numbers, metavar="W,W...", help="One for each file; their sum becomes 1.  [default: equal]"
+    "--weights",
+    callback=_numbers,
+    metavar="W,W...",
+    help="One weight for each file; scaled so that their sum is 1.  [default: equal]",
 )
 @click.option(
     "--space",
     type=click.Choice(["linear", "log"]),
     default="linear",
     show_default=True,
-    help="Mean of the scales or cores, or of the logarithms of scales (geometric).",
+    help="linear: mean of scales or cores; log: geometric mean, of scales only.",
 )
 @factorized_option
 @overwrite_file_option
@@ -153,9 +157,9 @@ def blend(
 ) -> None:
     """Write the weighted mean of scales FILEs that were trained with the same factorized folder.
 
-    A negative weight takes a training away from the others: --weights 1.5,-0.5. Where a FILE holds cores, so does the mean,
-    and scales g of others are the cores diag(g). The factorized folder is not needed. A FILE may also be the folder of an
-    adapter that holds scales or cores.
+    A negative weight subtracts a training from the others: --weights 1.5,-0.5. If a FILE holds cores, the result holds cores
+    as well, and scales g of other files count as cores diag(g). The factorized folder is not needed. A FILE may also be the
+    folder of an adapter that holds scales or cores.
     """
     from surgery.commands import blend as operation
 

@@ -37,13 +37,13 @@ _WHICH_WEIGHTS: tuple[str | Decorator, ...] = (
     "exclude",
     "recipe",
     revision_option,
-    click.option("--subfolder", metavar="PATH", help="The models in this subfolder, as in a diffusion pipeline."),
+    click.option("--subfolder", metavar="PATH", help="Subfolder with each of the models, as in a diffusion pipeline."),
     "seed",
     device_option,
 )
 _WORDS = {
-    "include": "Take exactly the weights that match (repeatable).",
-    "recipe": "Which weights, and how they are seen; see surgery recipes.",
+    "include": "Take the weights whose names match, and no others (repeatable).",
+    "recipe": "Which weights are taken, and how they are viewed as matrices; see surgery recipes.",
 }
 
 
@@ -51,7 +51,7 @@ _WORDS = {
 @click.argument("model", type=MODEL)
 @click.argument("tuned", required=False, type=MODEL)
 @click.option("-o", "--out", default="report", show_default=True, type=PATH, help="Folder to write.")
-@click.option("--top", default=48, show_default=True, help="Singular values to tell of each matrix.")
+@click.option("--top", default=48, show_default=True, help="How many singular values to report of each matrix.")
 @click.option("--subspace", type=int, help="Dimension of the leading subspaces that are compared.  [default: 16]")
 @fills_options("split", *_WHICH_WEIGHTS, words=_WORDS)
 @click.option("--overwrite", is_flag=True, help="Replace an earlier report.")
@@ -70,9 +70,9 @@ def spectra(
 ) -> None:
     """Describe the singular values of MODEL's weights, or how those of TUNED, a fine-tuned MODEL, differ from them.
 
-    Writes spectra.json and spectra.csv, and with the extra plot index.html: the findings in words and pictures, a page that
-    needs no network. They come together, at the end; stopped before that, the same command goes on after the last finished
-    weight file. With --json the findings are printed as well.
+    Writes spectra.json and spectra.csv. With the extra "plot" it also writes index.html, a page with the findings in words and
+    pictures that needs no network. All files are written at the end. If the command is stopped before, the same command
+    continues after the last finished weight file. With --json the findings are printed as well.
     """
     bar = Bar(quiet=quiet)
     with phase(bar, "starting"):
@@ -91,22 +91,22 @@ def spectra(
 @click.command(short_help="Recommend ranks that spend a budget best.")
 @click.argument("model", type=MODEL)
 @click.argument("tuned", required=False, type=MODEL)
-@click.option("--budget", required=True, type=click.IntRange(min=1), help="How much may be spent.")
+@click.option("--budget", required=True, type=click.IntRange(min=1), help="How much the ranks may cost, in the unit of --unit.")
 @click.option(
     "--train",
     type=click.Choice(TRAINS),
     default="scales",
     show_default=True,
-    help="What will be trained of k directions: k scales, or a core of k x k numbers.",
+    help="What will be trained on k directions: k scales, or a core of k x k numbers.",
 )
 @click.option(
     "--unit",
     type=click.Choice(["numbers", "bytes"]),
     default="numbers",
     show_default=True,
-    help="Of the budget: numbers to train, or bytes of U, s and V.",
+    help="Unit of the budget: numbers to train, or bytes of U, s and V.",
 )
-@click.option("--max-rank", default=256, show_default=True, type=click.IntRange(min=1), help="The most directions of a matrix.")
+@click.option("--max-rank", default=256, show_default=True, type=click.IntRange(min=1), help="The largest rank of a matrix.")
 @click.option("-o", "--out", default="recipe.toml", show_default=True, type=PATH, help="Recipe file to write.")
 @fills_options(*_WHICH_WEIGHTS, words=_WORDS)
 @overwrite_file_option
@@ -127,10 +127,10 @@ def recommend(
     quiet: bool,
     **where: Any,
 ) -> None:
-    """Write a recipe with a rank for each weight of MODEL, such that a budget keeps as much as it can.
+    """Write a recipe with a rank for each weight of MODEL, chosen so that a budget keeps as much as it can.
 
-    What counts is the squared norm of all weights in the kept directions; with TUNED, a fine-tuned MODEL, what scales or cores
-    of these directions explain of its change. surgery factorize MODEL --recipe FILE takes the result.
+    Without TUNED, the ranks keep the most of the squared norm of all weights. With TUNED, a fine-tuned MODEL, they are chosen
+    so that scales or cores explain the most of its change. surgery factorize MODEL --recipe FILE takes the result.
     """
     bar = Bar(quiet=quiet)
     with phase(bar, "starting"):

@@ -137,7 +137,7 @@ def _normalised(weights: Sequence[float] | None, count: int) -> tuple[float, ...
     total = math.fsum(scaled)
     if total < 1e-9:
         raise OptionError(
-            "the sum of the weights is not positive, or no more than rounding",
+            "the sum of the weights is not positive, or too close to 0",
             got=f"{', '.join(f'{weight:g}' for weight in given)}, in all {sum(given):g}",
         )
     return tuple(weight / total for weight in scaled)

@@ -259,8 +259,8 @@ def _accuracy_notes(manifest: Manifest, plan: Plan) -> list[str]:
     notes, targets = [], manifest.targets
     if failed := {target.key: largest_residual(target) for target in targets if not target.converged}:
         hint = (
-            "A fold is as exact as ever, but these directions are less certain; surgery inspect tells how much. Try another "
-            "--rank or --seed, or --exclude them; a larger --tolerance says that this is good enough"
+            "This does not make a fold less exact, but these directions are less certain; surgery inspect tells how much. Try "
+            "another --rank or --seed, leave them out with --exclude, or accept them with a larger --tolerance"
         )
         notes.append(unconverged_note(failed, f"{len(targets)} targets", manifest.options.tolerance, hint))
     unproven = {target.key: target.worst_top_k for target in targets if target.worst_top_k.verdict != "proven"}
@@ -272,7 +272,7 @@ def _accuracy_notes(manifest: Manifest, plan: Plan) -> list[str]:
         least = min(short, key=lambda target: target.energy)
         notes.append(
             f"{len(short)} of {len(targets)} targets hold less than {asked[least.key]:g} of their energy at rank "
-            f"{least.rank}, the most allowed (least: {least.energy:g}, {least.key}); --max-rank allows more"
+            f"{least.rank}, the largest allowed (least: {least.energy:g}, {least.key}); --max-rank allows more"
         )
     return notes
 

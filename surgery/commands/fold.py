@@ -310,7 +310,7 @@ def _files_along(factorized: Path, manifest: Manifest, progress: Progress) -> li
     for record in manifest.files:
         path = factorized / record.file
         if not path.is_file():
-            raise FormatError(f"{path} is not there", expected="what goes along with the weights", hint=RESTORE_HINT)
+            raise FormatError(f"{path} is not there", expected="a file that is copied with the weights", hint=RESTORE_HINT)
         with read_errors(path):
             found.append(FileRecord(record.file, path.stat().st_size, file_sha256(path)))
         is_inside = factorized.resolve() in path.resolve().parents
@@ -319,5 +319,7 @@ def _files_along(factorized: Path, manifest: Manifest, progress: Progress) -> li
     if edited := [now.file for now, before in zip(found, manifest.files, strict=True) if now != before]:
         if CONFIG_FILE in edited:
             read_json_object(factorized / CONFIG_FILE, str(factorized / CONFIG_FILE))
-        progress.note(f"changed since {factorized} was made, and taken along as they are: {', '.join(edited)}")
+        progress.note(
+            f"these files have changed since {factorized} was made, and are copied as they are now: {', '.join(edited)}"
+        )
     return found

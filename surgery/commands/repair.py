@@ -101,7 +101,7 @@ def repair_files(folder: Path, manifest: Manifest, source: Source, by: LocalEngi
     with locked(folder, source.folders()):
         # Opening the source may take long, and meanwhile another run may have put another result in the place of this one.
         if Manifest.read(folder) != manifest:
-            raise OutputError(f"{folder} has become another checkpoint meanwhile", hint="run the same command again")
+            raise OutputError(f"{folder} has been replaced by another checkpoint meanwhile", hint="run the same command again")
         lost = set(not_as_recorded(folder, manifest.output_files()))
         try:
             for record in manifest.files:
@@ -126,8 +126,8 @@ def repair_files(folder: Path, manifest: Manifest, source: Source, by: LocalEngi
             write_untouched(folder / SCALES_FILE, manifest.targets, manifest.fingerprint)
             files.append(SCALES_FILE)
             note(
-                f"{SCALES_FILE} was missing: it is as factorize writes it, scales that are all 1; a trained file is to be put "
-                "in its place"
+                f"{SCALES_FILE} was missing and has been written as factorize writes it, with scales that are all 1; if you "
+                "have a trained file, put it in its place"
             )
     return Repaired(tuple(files), failed)
 
@@ -221,12 +221,12 @@ class _RepairJobs:
         for record in made:
             if record.file in self._lost and record != expected[record.file]:
                 raise FormatError(
-                    f"{record.file} cannot be made again to the same bytes: it stays as it is",
+                    f"{record.file} cannot be made again with the same bytes, and is not replaced",
                     got=f"sha256 {record.sha256}",
                     expected=f"sha256 {expected[record.file].sha256}",
-                    hint=f"the SVD has other bits with another version of torch (here {torch.__version__}, then "
-                    f"{self._manifest.torch}), surgery, or kind of device (then {self._manifest.device}): use those, or "
-                    "factorize again",
+                    hint=f"the SVD gives other bits with another version of torch (now {torch.__version__}, then "
+                    f"{self._manifest.torch}) or of surgery, or on another kind of device (then {self._manifest.device}): "
+                    "use the same ones, or factorize again",
                 )
         done = []
         for record in made:

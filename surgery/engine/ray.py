@@ -117,7 +117,9 @@ def _cluster(ray: Any, device: str) -> Cluster:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1]
     with_gpu = [node for node in nodes if node.get("GPU", 0) >= 1]
     if device == "cuda" and not with_gpu:
-        raise ClusterError("the Ray cluster has no GPU", got=f"{len(nodes)} machines", hint="--device auto takes what there is")
+        raise ClusterError(
+            "the Ray cluster has no GPU", got=f"{len(nodes)} machines", hint="--device auto takes CPUs if there is no GPU"
+        )
     if not nodes:
         raise ClusterError("the Ray cluster has no CPU to work on", got=f"{len(ray.nodes())} machines")
     if with_gpu and device != "cpu":
@@ -259,8 +261,8 @@ def _check_alike(cluster: Cluster, its_device: str, its_processor: str) -> None:
     """Refuse to compute on another kind of machine than the one that the run is recorded as made on."""
     if (its_device, its_processor) != (cluster.device_name, cluster.processor):
         raise ClusterError(
-            "the machines of the Ray cluster are not alike, and the last bits of what each makes would be its own",
+            "the machines of the Ray cluster are not alike, so the last bits of their results would differ",
             got=f"{its_device}, {its_processor}",
             expected=f"{cluster.device_name}, {cluster.processor}, as on the first that was asked",
-            hint="take the others out of the cluster, or give all of them the same routines (docs/numerics.md)",
+            hint="remove the other machines from the cluster, or give all of them the same routines (docs/numerics.md)",
         )

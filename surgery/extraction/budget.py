@@ -67,7 +67,7 @@ def ranks_of_budget(
         bought = ranks_within(candidates, budget, _NOISE * total)
         ranks = {name: min(bought[group.tensors[0]], found[name].rank) for group in groups for name in group.tensors}
     if not any(ranks.values()):
-        raise OptionError("the budget buys no direction", got=budget, expected=f"at least {least} numbers")
+        raise OptionError("the budget is too small for one direction", got=budget, expected=f"at least {least} numbers")
     return ranks
 
 

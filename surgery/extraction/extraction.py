@@ -127,7 +127,7 @@ class Extraction:
         except OptionError as error:
             if options.full and "matched by --exclude" in str(error.got):
                 error.got = str(error.got).replace("--exclude", "--full or --exclude")
-                error.hint = "an adapter needs a pair at least: name what --full takes more closely"
+                error.hint = "an adapter needs at least one pair of matrices: let --full match fewer tensors"
             raise
         quantization = quantization_in(source, headers)
         if unread := _named_unread(options.full, quantization):
@@ -158,7 +158,7 @@ class Extraction:
             if not self.tuned.has(name):
                 raise OptionError(
                     f"{name!r} is not in the tuned model, and its module cannot be saved whole",
-                    hint="leave the others of the module out of --full",
+                    hint="leave the other tensors of the module out of --full",
                 )
             there = self.tuned.entry(name)
             if there is not None and there.shape != entry.shape:

@@ -72,7 +72,7 @@ def complete_result(out: Path, earlier: dict[str, Any], identity: Mapping[str, A
     report = ExtractReport(out=out, **{**earlier, "further": tuple(earlier["further"])})
     if lost := not_as_recorded(out, report.files):
         raise OutputError(
-            f"{out} holds a complete result that has lost files since, or whose files have changed",
+            f"{out} holds a complete result, but some of its files are missing or have changed since",
             got=few(lost),
             hint="--overwrite makes it again",
         )

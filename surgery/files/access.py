@@ -14,8 +14,8 @@ from surgery.files.hub_cache import hub_cache
 
 #: errno of a failed write -> what to do, where the same command can succeed afterwards.
 _RETRY_HINTS = {
-    errno.ENOSPC: "free some space, then run the same command again: it goes on where it stopped",
-    errno.EDQUOT: "free some of your quota, then run the same command again: it goes on where it stopped",
+    errno.ENOSPC: "free some space, then run the same command again: it continues where it stopped",
+    errno.EDQUOT: "free some of your quota, then run the same command again: it continues where it stopped",
     errno.EFBIG: "raise the limit of a file's size (ulimit -f), or see what this disk allows, then run the same command again",
 }
 
@@ -49,7 +49,7 @@ def read_errors(path: Path, name: str | None = None) -> Iterator[None]:
     except OSError as error:
         hint = advice(error)
         if isinstance(error, FileNotFoundError) and hub_cache(path) is not None:
-            hint = "the hub's cache has lost it; run the same command again: it is fetched once more"
+            hint = "it is no longer in the hub's cache; run the same command again to fetch it"
         raise ReadError(f"{name or path}: cannot be read ({error.strerror or error})", hint=hint) from error
 
 

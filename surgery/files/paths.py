@@ -45,12 +45,12 @@ def check_relative_path(name: str, where: str) -> str:
     if not path.parts or path.is_absolute() or ".." in path.parts or any(sign in name for sign in "\\\0:"):
         raise FormatError(f"{where}: a path that leaves its folder", got=repr(name)[:200], expected=_PLAIN)
     if path.as_posix() != name:
-        raise FormatError(f"{where}: a path with parts that say nothing", got=repr(name)[:200], expected=repr(path.as_posix()))
+        raise FormatError(f"{where}: a path with empty parts or .", got=repr(name)[:200], expected=repr(path.as_posix()))
     for part in path.parts:
         if _hidden(part):
-            raise FormatError(f"{where}: a file name with characters that are not seen", got=ascii(part)[:200])
+            raise FormatError(f"{where}: a file name with invisible characters", got=ascii(part)[:200])
         if part[-1] in " ." or part.split(".")[0].rstrip().upper() in _DEVICES:
-            raise FormatError(f"{where}: a file name that Windows takes for another", got=repr(part)[:200])
+            raise FormatError(f"{where}: a file name that means another file on Windows", got=repr(part)[:200])
         if len(os.fsencode(part)) > _LONGEST_NAME:
             raise FormatError(f"{where}: a file name that is too long", got=ascii(part)[:80], expected=f"{_LONGEST_NAME} bytes")
     if len(os.fsencode(name)) > _LONGEST_PATH:

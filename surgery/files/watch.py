@@ -61,11 +61,11 @@ class Stamp:
         elif now.mtime_ns != self.mtime_ns:
             got = "another time of change"
         else:
-            got = "the same size and time of change, but it has been touched since: its ctime is another"
+            got = "the same size and time of change, but another ctime: it has been touched since"
         raise FormatError(
             f"{name} has changed while it was in use",
             got=got,
-            expected="a file that stays as it is from the plan to the end",
+            expected="a file that does not change from the plan to the end",
             hint="run the same command again when nothing writes to that folder any more",
         )
 

@@ -134,7 +134,7 @@ class Manifest:
         if not there:
             hint = "give the folder that surgery factorize wrote"
             if begun:
-                hint = "repeat the command that writes it: it goes on where it stopped"
+                hint = "repeat the command that writes it: it continues where it stopped"
             elif unfinished:
                 hint = "run surgery factorize again with --overwrite"
             raise SourceError(

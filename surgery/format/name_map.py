@@ -108,8 +108,8 @@ class NameMap:
 def note_renamed(names: NameMap, where: str, wanted: str = "the checkpoint's") -> None:
     """Note for the user that names in ``where`` differ from the wanted ones; ``wanted`` says whose names these are."""
     if (renamed := names.renamed) is not None:
-        fit = "fit them one to one" if names.fits else "are found for all that are needed"
-        note(f"{where}: names that differ from {wanted}, and {fit}: {renamed[0]!r} is taken for {renamed[1]!r}")
+        fit = "correspond to them one to one" if names.fits else "all that are needed are found"
+        note(f"{where}: its names differ from {wanted}, but {fit}: {renamed[0]!r} is taken for {renamed[1]!r}")
 
 
 def nearest(name: str, others: Iterable[str]) -> str | None:

@@ -130,7 +130,7 @@ def chosen_options(
         if said == getattr(default, name):
             continue
         if name not in kind.__annotations__:
-            raise OptionError(f"{function}() has no use for {name}, which its options set", got=f"{name} = {said!r}")
+            raise OptionError(f"{function}() does not use {name}, which its options set", got=f"{name} = {said!r}")
         if name in given and getattr(by_keyword, name) != said:
             raise OptionError(
                 f"{function}(): the keyword {name} contradicts its options",

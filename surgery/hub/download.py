@@ -158,10 +158,10 @@ def _fetch_rest(remote: RemoteFile, partial: Path, patience: Patience) -> str:
 def _wrong_contents(remote: RemoteFile) -> SourceError:
     hub_file = remote.hub_file
     return SourceError(
-        f"{remote.repo_id}/{remote.path}: what comes is not the file that the hub has",
+        f"{remote.repo_id}/{remote.path}: the download is not the file that the hub has",
         got="other contents, each time",
         expected=f"{'sha256' if hub_file.sha256 else 'git hash'} {hub_file.hash}, {hub_file.size} bytes",
-        hint="something on the way here changes files: try another network, or HF_ENDPOINT; then run the same command again",
+        hint="something on the network changes files: try another network, or HF_ENDPOINT; then run the same command again",
     )
 
 

@@ -92,7 +92,7 @@ try:
     InvalidURL: type[Exception] = http.InvalidURL
 except ValueError as error:
     raise SourceError(
-        "the hub's client takes a setting of this environment for none",
+        "the hub's client does not accept a setting of this environment",
         got=error,
         hint="set HF_ENDPOINT to the address of a hub",
     ) from error

@@ -13,7 +13,7 @@ from surgery.hub import patience
 
 #: A placeholder in the tables below: the hint is what ``how_to_fetch_it`` gives.
 _ONLINE = "fetch the model while online"
-_GO_ON = "run the same command again: it goes on where it stopped, and what has been fetched is not fetched twice"
+_GO_ON = "run the same command again: it continues where it stopped, and what has been fetched is not fetched twice"
 _TOKEN = "hf auth login, or set HF_TOKEN, with a token that may read it"
 #: Rows of (exception of the client, what happened, what to do). The first row that fits counts, so subclasses come first.
 Messages = tuple[tuple[type[Exception], str, str], ...]
@@ -31,10 +31,14 @@ _MESSAGES: Messages = (
     (client.OfflineModeIsEnabled, "is not in the local cache, and the client is offline", _ONLINE),
     (client.HFValidationError, "is neither a local folder nor a valid repo id", "give owner/name or a path"),
     (client.HfHubHTTPError, "cannot be fetched from the hub", "try again later"),
-    (client.Incomplete, "cannot be fetched from the hub: its answers break off", "try again later"),
+    (client.Incomplete, "cannot be fetched from the hub: its answers are cut off", "try again later"),
     (client.RequestError, "cannot be reached, and is not (all) in the local cache", _ONLINE),
     (client.InvalidURL, "cannot be reached", "set HF_ENDPOINT to the address of a hub, or unset it"),
-    (client.NoHub, "cannot be asked for", "unset HF_ENDPOINT, or log in to the network whose page comes instead"),
+    (
+        client.NoHub,
+        "cannot be fetched: what answers is not a hub",
+        "unset HF_ENDPOINT; or log in to the network, if its login page answers",
+    ),
 )
 #: Status of the answer to the first request -> what happened, what to do. An expired token gets these for public models too.
 FIRST_STATUSES = {
@@ -56,10 +60,14 @@ _MIDWAY: Messages = (
     (client.DisabledRepoError, "has been disabled on the hub meanwhile", "choose another model"),
     (client.RemoteEntryNotFoundError, "lacks a file that its listing named", "see its page on the hub for what has changed"),
     (client.OfflineModeIsEnabled, "has files that are not in the local cache any more, and the client is offline", _ONLINE),
-    (client.HfHubHTTPError, "cannot be fetched from the hub", "wait until the hub is well again"),
-    (client.Incomplete, "cannot be fetched from the hub: its answers break off", "try another network"),
+    (client.HfHubHTTPError, "cannot be fetched from the hub", "wait until the hub works again"),
+    (client.Incomplete, "cannot be fetched from the hub: its answers are cut off", "try another network"),
     (client.RequestError, "cannot be reached any more", "connect to the network"),
-    (client.NoHub, "cannot be asked for any more", "log in to the network whose page comes instead"),
+    (
+        client.NoHub,
+        "cannot be fetched any more: what answers is not the hub",
+        "log in to the network, if its login page answers",
+    ),
 )
 
 
@@ -102,7 +110,7 @@ def hub_errors_midway(repo_id: str, file: str) -> Iterator[None]:
         what, hint = next((what, hint) for kind, what, hint in _MIDWAY if isinstance(error, kind))
         is_told_apart = isinstance(error, (client.GatedRepoError, client.DisabledRepoError, client.RemoteEntryNotFoundError))
         if patience.is_refused_elsewhere(error):
-            what, hint = "is refused where the hub sends us for its files", "try another network"
+            what, hint = "is refused by the server that the hub redirects to", "try another network"
         elif status in _MIDWAY_STATUSES and not is_told_apart:
             what, hint = _MIDWAY_STATUSES[status]
         if hint is _ONLINE:

@@ -63,7 +63,7 @@ class Layer:
     def described(self) -> str:
         """The parameter in words, for a message."""
         text = f"a weight of {type(self.module).__name__}"
-        return text + (f", which {type(self.readers[0]).__name__} reads past its forward" if self.readers else "")
+        return text + (f", which {type(self.readers[0]).__name__} reads directly" if self.readers else "")
 
 
 @dataclass(slots=True)

@@ -69,7 +69,10 @@ def is_residual(held: HeldTarget, dtype: torch.dtype, stored: Callable[[], torch
     target, places, carriers = held.target, held.places, held.carriers
     if any(carriers[place.parameter].quantized for place in places):
         if len(held.terms) > 1 or places[0].part.axes != (0, 1) or list(places[0].shape) != target.shape:
-            raise OptionError(f"{target.tensor!r} is not one weight in this model, and quantized", hint="load it unquantized")
+            raise OptionError(
+                f"{target.tensor!r} is quantized in this model, and stored there in another way than in the checkpoint",
+                hint="load it unquantized",
+            )
         layer = carriers[places[0].parameter].layers[0].module
         leading = [held.terms[0].left.T @ _images(layer, held.terms[0].right.T, dtype).T]
         if _is_original(leading, held.factors):
@@ -88,7 +91,7 @@ def is_residual(held: HeldTarget, dtype: torch.dtype, stored: Callable[[], torch
         if digest is None or digest not in (target.sample_sha256, target.residual_sample_sha256):
             dtype_of_model = str(matrices.dtype).removeprefix("torch.")
             fewer = matrices.dtype.itemsize < TORCH_DTYPES[target.dtype].itemsize
-            hint = f'load the model with dtype="auto": {dtype_of_model} has not room for its weights' if fewer else None
+            hint = f'load the model with dtype="auto": {dtype_of_model} cannot hold its weights' if fewer else None
             raise _neither(target, f"{dtype_of_model} {target.shape}", "bytes", hint)
         return digest != target.sample_sha256
     # Quantized, and dequantized when it was loaded: an overlay, of which nothing but the factors is at hand.

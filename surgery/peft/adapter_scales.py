@@ -150,17 +150,17 @@ class AdapterScales(Scales):
                 check_fingerprint(said, self._manifest.fingerprint, self._folder)
         if unknown := sorted(deltas.keys() - self._homes.keys()):
             note(
-                "the adapter has what was trained of weights that this model does not have, which is neither used nor kept: "
+                "the adapter holds scales or cores of weights that this model does not have; they are neither used nor kept: "
                 + few(unknown)
             )
         if lost := sorted(self._homes.keys() - deltas.keys() - set(self._config.absent or ())):
-            raise ScalesError(f"the adapter lacks what was trained of {few(map(repr, lost))}")
+            raise ScalesError(f"the adapter lacks the scales or cores of {few(map(repr, lost))}")
         self._check_directions(self._of_state(state, CHOSEN))
         for key in self._homes.keys() & deltas.keys():
             home, i = self._homes[key]
             if (numbers := home.path.delta(i).numel()) != deltas[key].numel():
                 raise ScalesError(
-                    f"what the adapter has of {key!r} was trained in another way",
+                    f"the scales or cores of {key!r} in the adapter were trained in another way",
                     got=f"{deltas[key].numel()} numbers",
                     expected=f"{numbers}, for train={self.train!r}",
                     hint="the config of an adapter says how it was trained; if you pass one, pass the same train=",

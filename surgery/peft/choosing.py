@@ -49,7 +49,7 @@ class AwaitedChoice:
         check_alone(deltas)
         if any(optimizer.state.get(delta) for delta in mine):
             raise OptionError(
-                "the optimizer has made steps with parameters of which directions are still to be chosen",
+                "the optimizer has already made steps, and the directions of its parameters are not chosen yet",
                 hint="load the adapter without choose, or start again",
             )
         if not self._sums:

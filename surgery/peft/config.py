@@ -84,8 +84,8 @@ class SpectralConfig(PeftConfig):
                 expected="the folder that the adapter was trained with"
                 if self.fingerprint
                 else "what surgery.factorize writes",
-                hint='write the path of the folder on this machine under "factorized" into adapter_config.json, which also '
-                "trainers read that are told no more than the adapter; or pass "
+                hint='write the path of the folder on this machine under "factorized" into adapter_config.json, which '
+                "trainers also read if they get only the adapter; or pass "
                 "PeftModel.from_pretrained(..., config=SpectralConfig(factorized=FOLDER, train=...))"
                 if self.fingerprint
                 else None,

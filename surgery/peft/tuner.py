@@ -154,7 +154,7 @@ class SpectralModel(BaseTuner):
         output = self.model(*args, **kwargs)
         if not hook.used:
             raise OptionError(
-                "the output head has scales and was not run: what trains multiplies with its weight by itself, without them",
+                "the output head has scales and was not run: the trainer multiplies with its weight without the scales",
                 hint="factorize without it (--exclude), or have the trainer use the model's own loss; in TRL, "
                 'loss_type="nll" of SFTConfig',
             )

@@ -86,7 +86,7 @@ def notes_of_quantization(quantization: Quantization) -> list[str]:
     """
     notes = []
     if casts := [one.name for one in quantization.weights.values() if not one.parts]:
-        notes.append(f"FP8 without scales, taken for the numbers that they are: {len(casts)} weights (first: {casts[0]})")
+        notes.append(f"{len(casts)} FP8 weights have no scales, and are read as plain numbers (first: {casts[0]})")
     if quantization.is_named_only:
         notes.append(
             f"config.json names {quantization.method}, and no weight is quantized: all are taken as they are stored. Loaders "

@@ -291,7 +291,7 @@ def _expression(text: str, where: str) -> Expression:
         raise OptionError(
             f"{where}: no regular expression that can be matched in bounded time",
             got=f"{text[:80]!r}: {error}",
-            hint="instead of looking ahead or back, say in a rule before this one what is not meant; else use globs (match)",
+            hint="instead of looking ahead or back, skip what is not meant in a rule before this one; else use globs (match)",
         ) from None
 
 

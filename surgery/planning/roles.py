@@ -19,8 +19,10 @@ _EMBEDDING = re.compile(
 _NORM = re.compile(r"norm|^ln(_|\d|$)|layernorm")
 #: Modules whose outputs are the model's; those of detectors have ``embed`` in their names.
 _HEAD = re.compile(
-    r"(^|_)(heads?|classifiers?)$|^(score|embed_out|cls|qa_outputs|output_layer|pooler|tdnn)$|(class|bbox|box)_embed|hypernetworks"
+    r"(^|_)(heads?|classifiers?)$|^(score|embed_out|cls|qa_outputs|output_layer|tdnn)$|(class|bbox|box)_embed|hypernetworks"
 )
+#: Modules after the blocks that make one vector of a sequence, as in BERT.
+_POOLER = re.compile(r"^pooler$")
 _ROUTER = re.compile(r"(^|_)router(_|$)|^shared_expert_gate$")
 #: Routers by these names are told from the gates of layers by their sizes.
 _GATE = re.compile(r"^(gate|wg|gating|gating_network|(moe|expert|experts)_gate)$")
@@ -51,8 +53,10 @@ def why_no_linear(entry: TensorEntry, config: Mapping[str, Any], *, convolutions
         return "part of a LoRA adapter"
     if any(map(_ROUTER.search, (*modules, last))) or _routes(modules, entry.shape, config):
         return "a router"
-    if _in_head(modules):
+    if _in_module(modules, _HEAD):
         return "an output head"
+    if _in_module(modules, _POOLER):
+        return "a pooler"
     if is_embedding(entry.name):
         return "an embedding"
     if _NORM.search(owner):
@@ -135,10 +139,10 @@ def _innermost(modules: Sequence[str]) -> int | None:
     return block
 
 
-def _in_head(modules: Sequence[str]) -> bool:
-    """Whether a layer is of an output head. What attention calls a head is none."""
+def _in_module(modules: Sequence[str], kind: re.Pattern[str]) -> bool:
+    """Whether a layer is of a head or a pooler, by this pattern of its name. What attention calls so is none."""
     start = _innermost(modules) or 0
-    return any(_HEAD.search(modules[i]) and not _of_attention(modules, i) for i in range(start, len(modules)))
+    return any(kind.search(modules[i]) and not _of_attention(modules, i) for i in range(start, len(modules)))
 
 
 def _routes(modules: Sequence[str], shape: Sequence[int], config: Mapping[str, Any]) -> bool:

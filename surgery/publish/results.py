@@ -48,7 +48,7 @@ def uploading(repo_id: str | None, *, private: bool) -> Iterator[Upload | None]:
     with Upload.open(repo_id, private=private) as upload:
         if upload.private != private:
             kind = "private" if upload.private else "public"
-            note(f"the repository {upload.repo_id} is there already, and stays as it is: {kind}")
+            note(f"the repository {upload.repo_id} exists already, and stays {kind}")
         yield upload
 
 

@@ -312,7 +312,7 @@ def _addition(name: str, content: Path | bytes, sha256: str | None = None) -> Co
             addition = CommitOperationAdd(name, content)
     except ValueError as error:
         hint = "see that it is an ordinary file that may be read (ls -l), then run the same command again"
-        raise OutputError(f"{name}: the hub takes no such file", got=error, hint=hint) from error
+        raise OutputError(f"{name}: the hub does not accept this file", got=error, hint=hint) from error
     if sha256 is not None:
         addition.upload_info.sha256 = bytes.fromhex(sha256)  # saves the client from reading the file once more
     return addition
@@ -346,9 +346,9 @@ def _check_ours(info: ModelInfo) -> None:
     model = [name for name in names if name in _MARKERS or name.endswith((".safetensors", *OTHER_WEIGHTS))]
     if model and MANIFEST_FILE not in names and TAG not in (info.tags or []):
         raise OutputError(
-            f"{info.id} holds a model that surgery has not put there",
+            f"{info.id} holds a model that surgery has not uploaded",
             got=few(model),
-            hint=f"give a new name; or, to have it replaced, the tag {TAG} to the card of that repository",
+            hint=f"choose a new name; or, if it may be replaced, add the tag {TAG} to the card of that repository",
         )
 
 

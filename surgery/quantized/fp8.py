@@ -53,9 +53,9 @@ def find_fp8(entry: TensorEntry, where: Where, told: Told) -> Quantized | None:
     name = there[0]
     if (other := next((one for one in _strange(entry.name, name) if one in where), None)) is not None:
         raise FormatError(
-            f"{told.model}: what belongs to {entry.name!r} is not clear",
+            f"{told.model}: it is not clear how {entry.name!r} is scaled",
             got=f"{name!r} and {other!r}",
-            expected="scales alone",
+            expected="one tensor of scales",
             hint="exclude it, or factorize the publisher's unquantized model",
         )
     scale, shard = where[name]

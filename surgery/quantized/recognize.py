@@ -110,7 +110,7 @@ def read_quantization(config: Mapping[str, Any], headers: Mapping[str, Header], 
     unknown = next((one for one in unread.values() if one.method == INTEGERS), None)
     if unknown is not None:
         entry = where[unknown.main][0]
-        found_there = f"{unknown.main!r}, {entry.dtype} {list(entry.shape)}, and no word of how it is packed"
+        found_there = f"{unknown.main!r}, {entry.dtype} {list(entry.shape)}, and nothing says how it is packed"
         return Quantization(weights, unread, called(described), ("packed in a way that is not known", found_there))
     return Quantization(weights, unread, called(described))
 

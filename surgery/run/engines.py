@@ -115,8 +115,8 @@ class LocalEngine:
         self.device_and_processor = f"{self.device_name}, {processor()}"
         if " + " in self.device_name:
             note(
-                f"these GPUs are not alike: {self.device_name}. Which of them does which shard, and so the last bits of "
-                "factors, differs from run to run; --device cuda:0 takes one"
+                f"these GPUs are not alike: {self.device_name}. The last bits of factors depend on which of them "
+                "does which shard, and this differs from run to run; --device cuda:0 takes one"
             )
         self.files_at_a_time = len(self._devices) + 1
 

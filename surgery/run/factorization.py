@@ -104,7 +104,7 @@ class Factorization:
         if lost or not (out / SCALES_FILE).is_file():
             lost = lost or [SCALES_FILE]
             raise OutputError(
-                f"{out} holds a complete result that has lost files since, or whose files have changed",
+                f"{out} holds a complete result, but some of its files are missing or have changed since",
                 got=few(lost),
                 hint="--overwrite makes it again",
             )
@@ -128,7 +128,7 @@ class Factorization:
                 f"{TRAINED[train]} of the same factors beside them; --train {trained.train} leaves them as they are",
             )
         write_untouched(path, manifest.targets, manifest.fingerprint, train)
-        note(f"{path} was untouched, and holds {TRAINED[train]} now")
+        note(f"{path} was untouched, and now holds untouched {TRAINED[train]}")
 
     def _differences(self, manifest: Manifest) -> list[str]:
         """What differs between this factorization and a complete result, in words; empty if nothing does.
@@ -142,9 +142,9 @@ class Factorization:
         found = {target.key: target for target in manifest.targets}
         planned = sorted(target_identity(t.key, t.shape, t.view) for t in plan.targets)
         if sorted(target_identity(t.key, t.shape, t.seen_as) for t in manifest.targets) != planned:
-            differences.append("the targets are others")
+            differences.append("the targets differ")
         elif any(has_other_rank(found[target.key], target) for target in plan.targets):
-            differences.append("the ranks are others")
+            differences.append("the ranks differ")
         if source.record.kind == "folder" and not differences:
             recorded = {record.file: record for record in (*(shard.source for shard in manifest.shards), *manifest.files)}
             files = (*(shard.file for shard in plan.shards), *source.selection.others)

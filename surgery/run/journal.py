@@ -98,7 +98,7 @@ class Journal:
             raise OutputError(
                 f"{self._out} holds an unfinished run of another kind",
                 got=few(differences, between="; "),
-                expected="the same command on the same model, to go on with it",
+                expected="the same command on the same model, which continues it",
                 hint="repeat the earlier command, start again with --overwrite, or choose another folder with -o",
             )
 

@@ -80,7 +80,7 @@ def _taken(out: Path) -> tuple[BaseFileLock, bool]:
         except (FileNotFoundError, FileExistsError):
             if not left:
                 raise
-    raise OutputError(f"{out} cannot be locked: its lock is taken away again and again", hint="choose another folder with -o")
+    raise OutputError(f"{out} cannot be locked: its lock file is removed again and again", hint="choose another folder with -o")
 
 
 def _lock_in_place(path: Path) -> BaseFileLock | None:

@@ -97,13 +97,13 @@ class MergeOptions:
         given = [adapters] if isinstance(adapters, (str, Path)) else list(adapters)
         paths = [local_adapter(one) for one in given]
         if twice := [path for number, path in enumerate(paths) if path.resolve() in {one.resolve() for one in paths[:number]}]:
-            note(f"given more than once, and counted as often: {few(twice)}")
+            note(f"these adapters are given more than once, and each time is counted: {few(twice)}")
         factors = [1.0] * len(paths) if weights is None else [float(weight) for weight in weights]
         if not paths:
             raise OptionError("there is nothing to merge", got="no adapter")
         if len(factors) != len(paths):
             raise OptionError(
-                "the weights are not as many as the adapters",
+                "there must be one weight for each adapter",
                 got=f"{len(factors)} weights",
                 expected=f"{len(paths)}, one for each adapter",
             )

@@ -43,8 +43,8 @@ def check_not_the_source(out: Path, manifest: Manifest) -> None:
             raise OutputError(
                 f"{out} is the model that the checkpoint was made from, or a copy of it",
                 got=f"{path}, with the bytes and the time of change of the source's {record.file}",
-                expected="a place where no model is lost",
-                hint="choose another output with -o; a copy that may go is yours to remove",
+                expected="a folder in which no model would be lost",
+                hint="choose another output with -o; if this is a copy that you do not need, remove it first",
             )
 
 
@@ -78,7 +78,7 @@ def check_output_path(out: Path, inputs: Iterable[Path], *, overwrite: bool, but
             what = "may not be written to" if folder.is_dir() else "is no folder"
             raise OutputError(f"{out} cannot be written: {folder} {what}", hint="choose another file with -o")
     except (RuntimeError, ValueError) as error:  # links in a circle, a null byte
-        raise OutputError(f"{out}: no such file can be", got=error, hint="choose another file with -o") from None
+        raise OutputError(f"{out}: no file can have this path", got=error, hint="choose another file with -o") from None
 
 
 def check_no_model(out: Path) -> None:
@@ -90,7 +90,9 @@ def check_no_model(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is no folder", hint="-o chooses another one")
     if (out / CONFIG_FILE).exists():
-        raise OutputError(f"there is a model in {out}, which an adapter must not come into", hint="-o chooses another folder")
+        raise OutputError(
+            f"there is a model in {out}, and an adapter must not be written beside it", hint="-o chooses another folder"
+        )
 
 
 def check_no_other_adapter(out: Path, files: Iterable[str]) -> None:
@@ -109,7 +111,7 @@ def check_no_other_adapter(out: Path, files: Iterable[str]) -> None:
             f"{out} holds an adapter in another layout",
             got=few(found),
             expected=" and ".join(files),
-            hint="-o chooses another folder; what is there is yours to remove",
+            hint="-o chooses another folder; if you do not need the adapter that is there, remove it first",
         )
 
 
@@ -118,11 +120,11 @@ def check_apart(out: Path, inputs: Iterable[Path]) -> None:
         real = out.resolve()
         resolved = [(path, path.resolve()) for path in inputs]
     except RuntimeError as error:  # links in a circle
-        raise OutputError(f"{out}: no such folder can be", got=error, hint="choose another folder with -o") from None
+        raise OutputError(f"{out}: no folder can have this path", got=error, hint="choose another folder with -o") from None
     for path, read in resolved:
         if _is_in(real, read) or _is_in(read, real):
             raise OutputError(
-                f"the output {out} and the input {path} lie in one another",
+                f"the output {out} and the input {path} are the same, or one lies in the other",
                 hint=(_beside(out, read) if read in real.parents else "choose another folder with -o")
                 + "; what is read is never written to",
             )
@@ -135,7 +137,7 @@ def check_leads_somewhere(out: Path) -> None:
             raise OutputError(
                 f"{path} is a link that leads nowhere",
                 got=path.readlink(),
-                hint="remove the link or make what it leads to, or choose another output with -o",
+                hint="remove the link or create what it leads to, or choose another output with -o",
             )
 
 

@@ -90,7 +90,10 @@ def result_folder(
         _take_place(out)
     kept = files_in(out) - new
     taken = {name for name in kept if is_read_by_loaders(name)}
-    for names, what in ((kept - taken, "what is no part of a model"), (taken, "what may be taken for part of it")):
+    for names, what in (
+        (kept - taken, "files that are no part of a model"),
+        (taken, "files that loaders may take for a part of the model"),
+    ):
         if names:
             note(f"{out} keeps {what}: {few(sorted(names))}")
     Journal.forget(out)
@@ -174,7 +177,7 @@ def _prepared(out: Path, journal: Journal, result: ResultFiles, beside: Sequence
     foreign = sorted(name for name in present - stale if _would_mix(name))
     if foreign:
         raise OutputError(
-            f"{out} holds files that no run of surgery has put there",
+            f"{out} holds files that no run of surgery has written",
             got=few(foreign),
             hint="choose another folder with -o",
         )

@@ -68,7 +68,7 @@ def shard_results(
                 on_finished(known.result)
             jobs.tell(index)
     if results and note_resumed:
-        progress.note(f"going on after {len(results)} of {count} shards")
+        progress.note(f"continuing after {len(results)} of {count} shards")
     with closing(begin([index for index in range(count) if index not in results])) as finished:
         for index, result in finished:
             results[index] = result

@@ -172,8 +172,8 @@ class Run:
             done = Journal.count(self.out)
             after = f"after {done} shard{'' if done == 1 else 's'}"
             if self.journal is not None and self.journal.matches():
-                note(f"stopped {after}; the same command goes on from there")
+                note(f"stopped {after}; the same command continues from there")
             else:
-                note(f"{self.out} holds a run that was stopped {after}; the command that began it goes on from there")
+                note(f"{self.out} holds a run that was stopped {after}; the command that started it continues from there")
         elif self.upload is not None and self.upload.unfinished:
-            note(f"stopped before the upload to {self.upload.repo_id} was complete; the same command goes on from there")
+            note(f"stopped before the upload to {self.upload.repo_id} was complete; the same command continues from there")

@@ -35,6 +35,7 @@ def unproven_note(found: Mapping[str, TopKRecord], of: str) -> str:
     worst = sorted(found, key=lambda key: found[key].rank, reverse=True)
     named = few((f"{key} ({found[key]})" for key in worst), most=_NAMED)
     return (
-        f"it is not proven of {len(found)} of {of} that no larger singular value was missed: {named}. A fold is as exact as "
-        "ever, but there may be larger directions than those that were kept; try another --rank or --seed"
+        f"for {len(found)} of {of} it is not proven that no larger singular value was missed: {named}. This "
+        "does not make a fold less exact, but there may be larger directions than those that were kept; try another --rank or "
+        "--seed"
     )

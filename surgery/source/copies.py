@@ -34,7 +34,7 @@ def copies_of(source: Source, headers: Mapping[str, Header]) -> dict[str, list[s
                 raise FormatError(
                     f"{source.name}: {name!r} is in two shards, and not the same in both",
                     got=f"{first} and {shard}",
-                    hint="take it out of the one that is not meant",
+                    hint="remove it from the file that should not have it",
                 )
     return {name: list(copies) for name, copies in places.items()}
 

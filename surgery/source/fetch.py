@@ -33,7 +33,9 @@ def patience_for(
         progress.item(f"{what}: {text}")
         if is_long:
             minutes = (patience.GIVE_UP_AFTER if give_up_after is None else give_up_after) / 60
-            progress.note(f"the hub keeps us waiting for {what}: it is asked again until it has failed for {minutes:.0f} min")
+            progress.note(
+                f"the hub makes surgery wait for {what}: it asks again until requests have failed for {minutes:.0f} min"
+            )
 
     return Patience(on_wait, dropped, may_pass, give_up_after)
 

@@ -107,13 +107,13 @@ def _cached(repo_id: str, revision: str | None, subfolder: str | None) -> Cached
     except (FormatError, SourceError) as error:
         absent = _absent(root)
         raise SourceError(
-            f"{repo_id} cannot be reached, and what the local cache has of it is no whole model",
+            f"{repo_id} cannot be reached, and the local cache has only a part of it",
             got=first_line(error),
             expected=f"also {few(absent)}" if absent else None,
             hint=how_to_fetch_it(repo_id, revision),
         ) from error
     lacking = "" if CONFIG_FILE in source.selection.others else f"; {CONFIG_FILE} is not in it"
-    source.note(f"taken from the local cache, as the hub cannot be reached: what was never fetched stays out{lacking}")
+    source.note(f"taken from the local cache, as the hub cannot be reached: files that were never fetched are missing{lacking}")
     return source
 
 

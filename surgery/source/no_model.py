@@ -41,7 +41,7 @@ def refuse_our_own(model: ModelFolder) -> None:
     if RUN_FILE in inside:
         raise SourceError(
             f"{model.where} is an unfinished result",
-            hint="repeat the command that writes it, which goes on where it stopped, or give another model",
+            hint="repeat the command that writes it, which continues where it stopped, or give another model",
         )
     if any(map(OUR_FILES.fullmatch, inside)):
         raise SourceError(
@@ -110,7 +110,7 @@ def no_weights(model: ModelFolder, adapter: list[str]) -> SourceError:
         return SourceError(
             f"{model.where} has no safetensors weights, only downloads that were not finished",
             got=few(halves),
-            hint="fetch the model again: hf download goes on where it stopped",
+            hint="fetch the model again: hf download continues where it stopped",
         )
     inside = [f"{folder}/{name}" for folder in model.folders if why_left_out(folder) is None for name in model.peek(folder)]
     reasons = {name: why_left_out(PurePosixPath(name).name) for name in (*model.files, *inside)}

@@ -67,7 +67,7 @@ def _check_is_all(source: Source, file: str) -> None:
         )
     if file not in shards:
         raise SourceError(
-            f"{file} is not among the weights that {source.name} stands for",
+            f"{file} is not one of the weight files that surgery reads of {source.name}",
             got=few(shards),
             hint="give a folder with this file alone, and its config.json",
         )

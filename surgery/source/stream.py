@@ -100,6 +100,10 @@ def streamed(source: Source, folder: Path, at_a_time: int) -> StreamedSource:
         SourceError: it is a local folder, or comes from the cache since the hub cannot be reached.
     """
     if not isinstance(source, HubSource):
-        where = "is a local folder" if source.record.kind == "folder" else "comes from the local cache: the hub is not reached"
+        where = (
+            "is a local folder"
+            if source.record.kind == "folder"
+            else "comes from the local cache, as the hub cannot be reached"
+        )
         raise SourceError(f"{source.name} {where}: there is nothing to stream", hint="leave --stream out")
     return StreamedSource(source, folder, at_a_time)

@@ -196,7 +196,7 @@ def _named_by(index: str, text: str, weights: Sequence[str], where: str) -> list
                     f"{where}/{index} names a shard that is not there",
                     got=f"{name!r}, and beside the index all of {others[0].label}, which it does not name",
                     expected="an index of the files beside it, or none",
-                    hint=f"the index looks like one of an earlier save, and no loader gets past it: remove it to take "
+                    hint=f"the index looks like one of an earlier save, and loaders fail on it: remove it to take "
                     f"{others[0].label}",
                 )
             raise FormatError(

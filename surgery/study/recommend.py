@@ -118,7 +118,7 @@ def recommend(
     if models.other is not None:
         norms = [Norms(target["key"], target["norm"], target["tuned_norm"], target["update_norm"]) for target in targets]
         note_what_is_unlikely(models.other.name, norms)
-    note_unconverged(targets, chosen.tolerance, "The ranks of these are less certain")
+    note_unconverged(targets, chosen.tolerance, "Their ranks are less certain")
     candidates = _candidates(targets, unit, train)
     total = sum(target["total"] for target in targets)
     if total == 0:
@@ -131,7 +131,9 @@ def recommend(
     with phase(listening(), "choosing ranks"):
         ranks = ranks_within(candidates, budget, _NOISE * total)
     if not any(ranks.values()):
-        raise OptionError("the budget buys no direction", got=f"{budget} {unit}", expected=f"at least {needed} {unit}")
+        raise OptionError(
+            "the budget is too small for one direction", got=f"{budget} {unit}", expected=f"at least {needed} {unit}"
+        )
     text = _as_recipe(targets, ranks, f"ranks recommended for {what}, for a budget of {budget} {unit}")
     write_file(out, text.encode())
     uniform_kept, uniform_rank = _uniform(candidates, budget, total)

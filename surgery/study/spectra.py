@@ -184,7 +184,7 @@ def spectra(
             _write(report, place, progress)
     if other is not None:
         note_what_is_unlikely(other.name, [_norms(target) for target in targets])
-    hint = "The figures of these are less certain: among targets they are those with converged false"
+    hint = "Their figures are less certain: in the report they have converged false"
     note_unconverged(targets, chosen.tolerance, hint)
     return report
 

@@ -95,8 +95,8 @@ def _differences(path: Path, factorized: Path, manifest: Manifest) -> AdapterCon
         )
     if content.rounded:
         note(
-            f"{path}: {few(map(repr, content.rounded))} have been saved in half precision, and are taken as they are: what "
-            "rounding did to the factors in them changes the weights, as training does"
+            f"{path}: {few(map(repr, content.rounded))} have been saved in half precision: the rounding error of "
+            "the factors in them changes the weights, as training does"
         )
     return replace(content, updates=[*found, *(one for one in content.updates if one.module not in met)])
 

@@ -77,7 +77,7 @@ def plan_attach(model: nn.Module, factorized: Path, way: Way, factors: torch.dty
             f"{target.key!r} is in this model under a name that the checkpoint does not have, and would get no scales",
             got=repr(name),
             expected="the names that a loader gives it by itself",
-            hint="load the model without key_mapping, and adapt this weight by nothing but a plain LoRA; or --exclude it",
+            hint="load the model without key_mapping, and adapt this weight only by a plain LoRA; or leave it out (--exclude)",
         )
     carriers = carriers_of(bare, {place.parameter for found in places.values() for place in found})
     planned = PlannedPaths(carriers, _activations(bare), way)

@@ -173,8 +173,8 @@ class Scales:
             kept[key] = leading(self._way, gradient.view(self._targets[key].matrices[0], -1), k, keep)
         if self._restrict(kept):
             note(
-                "weights of the model are residuals, which lack the directions that are not chosen: these stay in the "
-                "computation; with the original model loaded they would take neither memory nor time"
+                "weights of the model are residuals, which lack all kept directions: those that are not chosen must still be "
+                "computed; with the original model loaded they would take neither memory nor time"
             )
 
     def _trained(self, key: str) -> int:
@@ -365,7 +365,7 @@ def _gathered(delta: nn.Parameter, shape: tuple[int, int]) -> torch.Tensor:
     gathered: torch.Tensor = value.full_tensor() if is_sharded(value) else value
     if gathered.numel() != math.prod(shape):
         raise OptionError(
-            "the scales have been taken over by a trainer in a way that is not known here",
+            "a trainer has changed the scales in a way that surgery does not know",
             got=list(gathered.shape),
             expected=[math.prod(shape)],
             hint="shard with DistributedDataParallel or FSDP2 (fully_shard)",

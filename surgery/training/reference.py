@@ -101,7 +101,7 @@ def check_arguments(bases: Sequence[type], scales: Scales, args: Sequence[Any], 
     kind = bases[0]
     if isinstance(given.get("model"), str | Path):
         raise OptionError(
-            f"{kind.__name__} would load a model by itself, in which the scales have no part",
+            f"{kind.__name__} would load a model by itself, without the scales",
             got=repr(str(given["model"])),
             hint="pass the model that they are attached to",
         )
@@ -113,7 +113,7 @@ def check_arguments(bases: Sequence[type], scales: Scales, args: Sequence[Any], 
         )
     if getattr(options, "teacher_model_kind", "live") != "live":
         raise OptionError(
-            f"{kind.__name__} makes a teacher of the model by itself, and scales would have no or a wrong part in it",
+            f"{kind.__name__} makes a teacher from the model by itself, with no scales or with wrong ones",
             got=f"teacher_model_kind={options.teacher_model_kind!r}",  # type: ignore[union-attr]
             expected="teacher_model_kind='live'",
         )
@@ -257,7 +257,7 @@ def _strings(given: dict[str, Any]) -> list[str]:
 
 def _second_model(kind: type, what: str) -> OptionError:
     return OptionError(
-        f"{kind.__name__} {what}: a second model, in which the scales have no part and which may be a bare residual",
+        f"{kind.__name__} {what}: a second model without the scales, which may be a bare residual",
         hint="pass that model to the Trainer yourself, if it takes one: the original, not the factorized folder; or override "
-        "what makes it",
+        "the method that makes it",
     )

@@ -289,7 +289,7 @@ class _Resizing:
 
     def _tell_of_smaller(self) -> None:
         if zeros := [one.update.module for one in self.found if not one.new.own]:
-            note(f"zero, and of rank 1 in the file, are of {len(self.found)} updates: {few(zeros)}")
+            note(f"{len(zeros)} of {len(self.found)} updates are zero, and have rank 1 in the file: {few(zeros)}")
         most = self._options.wanted.most
         if most is None or self._options.wanted.energy is not None:
             return

@@ -120,7 +120,7 @@ def test_a_complete_result_of_the_other_kind(llama: Path, tmp_path: Path) -> Non
     said = Silent()
     report = surgery.factorize(llama, out, rank=3, train="core", progress=said)
     assert report.trainable == 14 * 9
-    assert [note for note in said.notes if "was untouched, and holds cores now" in note]
+    assert [note for note in said.notes if "was untouched, and now holds untouched cores" in note]
     assert read_trained(out / SCALES, manifest).train == "core"
     with pytest.warns(SurgeryWarning) as caught:
         surgery.factorize(llama, out, rank=3, train="core")
@@ -153,7 +153,7 @@ def test_an_interrupted_run_goes_on_as_the_other_kind(llama: Path, tmp_path: Pat
         surgery.factorize(llama, tmp_path / "f", rank=3, progress=Stop())
     said = Silent()
     surgery.factorize(llama, tmp_path / "f", rank=3, train="core", progress=said)
-    assert said.notes == ["going on after 3 of 3 shards"]
+    assert said.notes == ["continuing after 3 of 3 shards"]
     assert surgery.inspect(tmp_path / "f").train == "core"
 
 

@@ -213,10 +213,10 @@ def test_stopped_and_gone_on(at: str, llama: Path, tuned: Path, truth: tuple[Pat
     records = sum(name.startswith(".surgery/0") for name in left)
     assert not {"adapter_config.json", "extraction.json"} & left.keys()
     if records:
-        assert stop.notes[-1].endswith("the same command goes on from there")
+        assert stop.notes[-1].endswith("the same command continues from there")
     again = _Items()
     report = extract(llama, tuned, out, **OPTIONS, progress=again)
-    assert [note for note in again.notes if note.startswith("going on")] == [f"going on after {records} of 3 shards"] * (
+    assert [note for note in again.notes if note.startswith("continuing")] == [f"continuing after {records} of 3 shards"] * (
         records > 0
     )
     done = set(again.items) & {one.tensor for one in report.targets}
@@ -366,8 +366,8 @@ def test_an_earlier_result_stays_until_the_new_one_is_whole(
     assert files_of(out) == left
     said = Silent()
     extract(llama, tuned, out, **OPTIONS, overwrite=True, progress=said)
-    assert "going on after 2 of 3 shards" in said.notes
-    assert f"{out} keeps what is no part of a model: notes.txt" in said.notes
+    assert "continuing after 2 of 3 shards" in said.notes
+    assert f"{out} keeps files that are no part of a model: notes.txt" in said.notes
     assert files_of(out) == {**files_of(truth[0]), "notes.txt": b"mine"}
     same = save_sharded(tmp_path / "same", tensors_of(llama), 1, llama / "config.json")
     with pytest.raises(OptionError, match="nothing to extract"):
@@ -478,7 +478,7 @@ def test_stopped_while_it_streams(
     assert done > 3
     said = Silent()
     extract(*names, out, **OPTIONS, stream=True, progress=said)
-    assert f"going on after {done} of 12 shards" in said.notes
+    assert f"continuing after {done} of 12 shards" in said.notes
     fetched = [path for method, path, _ in hub.requests[before:] if method == "GET" and path.endswith("-of-00012.safetensors")]
     assert len(fetched) <= 12 + 12 - done
     adapter = "adapter_model.safetensors"
@@ -517,7 +517,7 @@ def test_a_revision_of_the_tuned_model(
 def test_the_output_is_no_input(overwrite: bool, llama: Path, tuned: Path, tmp_path: Path) -> None:
     base, other = shutil.copytree(llama, tmp_path / "m"), shutil.copytree(tuned, tmp_path / "o/inside")
     for out in (base, base / "sub", other, other / "sub", tmp_path / "o"):
-        with pytest.raises(OutputError, match="lie in one another"):
+        with pytest.raises(OutputError, match="one lies in the other"):
             extract(base, other, out, **OPTIONS, overwrite=overwrite, progress=Silent())
     assert files_of(base) == files_of(llama)
     assert files_of(other) == files_of(tuned)
@@ -757,7 +757,7 @@ def test_a_damaged_record(
     DAMAGES[damage](out / ".surgery/00001.json")
     said = Silent()
     report = extract(llama, tuned, out, **OPTIONS, progress=said)
-    assert "going on after 1 of 3 shards" in said.notes
+    assert "continuing after 1 of 3 shards" in said.notes
     assert files_of(out) == files_of(truth[0])
     assert _without_place(report) == _without_place(truth[1])
 
@@ -777,7 +777,7 @@ def test_a_damaged_part(
         os.truncate(path, 100)
     said = Silent()
     extract(llama, tuned, out, **OPTIONS, progress=said)
-    assert "going on after 1 of 3 shards" in said.notes
+    assert "continuing after 1 of 3 shards" in said.notes
     assert files_of(out) == files_of(truth[0])
 
 
@@ -800,7 +800,7 @@ def test_a_result_that_has_changed_since(
         path = out / "adapter_model.safetensors"
         path.write_bytes(path.read_bytes()[:-1] + b"\x7f")
     left, of_report = files_of(out), damage in ("edited", "truncated")
-    kind, message = (FormatError, "extraction.json: ") if of_report else (OutputError, "has lost files since")
+    kind, message = (FormatError, "extraction.json: ") if of_report else (OutputError, "some of its files are missing")
     with pytest.raises(kind, match=message) as caught:
         extract(llama, tuned, out, **OPTIONS, progress=Silent())
     assert "--overwrite" in str(caught.value)
@@ -817,7 +817,7 @@ def test_somebody_elses_files(llama: Path, tuned: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="holds files already"):
         extract(llama, tuned, out, **OPTIONS, progress=Silent())
     save_file({"x": torch.ones(2)}, out / "other.safetensors")
-    with pytest.raises(OutputError, match="holds files that no run of surgery has put there"):
+    with pytest.raises(OutputError, match="holds files that no run of surgery has written"):
         extract(llama, tuned, out, **OPTIONS, overwrite=True, progress=Silent())
     assert files_of(out).keys() == {"notes.txt", "other.safetensors"}
 

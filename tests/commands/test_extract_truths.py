@@ -163,7 +163,7 @@ def test_a_budget_is_kept_and_spent_best(bases: dict[torch.dtype, Path], tmp_pat
         assert one.report.kept == pytest.approx(1 - left / total, abs=_TOLD)
         assert one.report.kept == pytest.approx(best / total, abs=_TOLD)
         assert one.report.merged_error is None
-    with pytest.raises(OptionError, match=r"buys no direction\n  got: +70\n  expected: at least 72"):
+    with pytest.raises(OptionError, match=r"is too small for one direction\n  got: +70\n  expected: at least 72"):
         extracted(bases[F32], tuned, tmp_path / "none", include=chosen, budget=70)
 
 

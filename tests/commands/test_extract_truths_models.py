@@ -274,7 +274,7 @@ def test_under_other_names(rename: Callable[[str], str], root: Path, tmp_path: P
     for told in one.report.others:
         change = new[told.tensor].double() - old[told.tensor].double()
         assert told.change == pytest.approx(relative(change, old[told.tensor]), rel=6e-6)
-    assert "names that differ from the original's" in one.notes[0]
+    assert "names differ from the original's" in one.notes[0]
 
 
 @pytest.mark.parametrize(("before", "after"), [(F32, BF16), (BF16, F32), (torch.float16, BF16)], ids=str)

@@ -33,7 +33,7 @@ from tests.models import files_of, tensors_of
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
     # What is said of a run that was begun before or of an upload, where a test does not listen.
-    pytest.mark.filterwarnings("ignore:going on after|.* is already complete|uploaded to:surgery.errors.SurgeryWarning"),
+    pytest.mark.filterwarnings("ignore:continuing after|.* is already complete|uploaded to:surgery.errors.SurgeryWarning"),
     # The client sends a file in a way that its HTTP library would have otherwise.
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
 ]
@@ -200,11 +200,11 @@ def test_stopped_and_gone_on(llama: Path, lora: Path, truth: tuple[Path, MergeRe
     out, stop = tmp_path / "o", _Stop(f"{DOWN}.weight")
     with pytest.raises(KeyboardInterrupt):
         merge(llama, lora, out, progress=stop)
-    assert stop.notes[-1].endswith("the same command goes on from there")
+    assert stop.notes[-1].endswith("the same command continues from there")
     assert not (out / "config.json").exists()
     again = Silent()
     report = merge(llama, lora, out, progress=again)
-    assert again.notes[0].startswith("going on after")
+    assert again.notes[0].startswith("continuing after")
     assert files_of(out) == files_of(truth[0])
     assert _without_place(report) == _without_place(truth[1])
 
@@ -503,7 +503,7 @@ def test_one_adapter_twice(llama: Path, lora: Path, tmp_path: Path) -> None:
     """Summed, and told."""
     said = Silent()
     merge(llama, [lora, lora], tmp_path / "o", progress=said)
-    assert said.notes == [f"given more than once, and counted as often: {lora}"]
+    assert said.notes == [f"these adapters are given more than once, and each time is counted: {lora}"]
     before, after = tensors_of(llama), tensors_of(tmp_path / "o")
     for module in SHAPES:
         assert share(before[f"{module}.weight"], after[f"{module}.weight"], 2 * delta(lora, module)) == pytest.approx(
@@ -535,7 +535,7 @@ def test_the_output_is_no_input(overwrite: bool, llama: Path, lora: Path, tmp_pa
     inside = shutil.copytree(lora, tmp_path / "o/inside")
     outs = [(adapter, out) for out in (model, model / "sub", adapter, adapter / "sub")]
     for one, out in [*outs, (inside, tmp_path / "o")]:
-        with pytest.raises(OutputError, match="lie in one another"):
+        with pytest.raises(OutputError, match="one lies in the other"):
             merge(model, one, out, overwrite=overwrite, progress=Silent())
     assert files_of(model) == files_of(llama)
     assert files_of(adapter) == files_of(inside) == files_of(lora)

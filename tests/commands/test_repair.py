@@ -188,7 +188,7 @@ def test_a_checkpoint_that_becomes_another_meanwhile(
         return real(*given)
 
     monkeypatch.setattr("surgery.commands.verify.source_to_repair_from", replaced)
-    with pytest.raises(OutputError, match="has become another checkpoint meanwhile"):
+    with pytest.raises(OutputError, match="has been replaced by another checkpoint meanwhile"):
         surgery.verify(folder, repair=True, base=llama, device="cpu")
     monkeypatch.undo()
     assert surgery.verify(folder, device="cpu").ok
@@ -238,7 +238,7 @@ def test_what_cannot_be_made_to_the_same_bytes_stays(made: Path, llama: Path, tm
     assert sorted(report.repaired) == sorted([residual.file, "tokenizer.json"])
     (told,) = [failure for failure in report.failures if failure.check == "repair"]
     assert told.where == hurt.file
-    assert "to the same bytes" in told.got
+    assert "with the same bytes" in told.got
     assert torch.__version__ in told.got
     assert (folder / hurt.file).read_bytes() == before
     assert not (folder / ".surgery").exists()
@@ -278,7 +278,7 @@ def test_what_is_refused(made: Path, llama: Path, tmp_path: Path) -> None:
     with pytest.raises(surgery.SurgeryError, match="itself a factorized checkpoint"):
         surgery.verify(folder, repair=True, base=folder, device="cpu")
     inside = Path(shutil.copytree(llama, folder / "inside"))
-    with pytest.raises(surgery.SurgeryError, match="lie in one another"):
+    with pytest.raises(surgery.SurgeryError, match="one lies in the other"):
         surgery.verify(folder, repair=True, base=inside, device="cpu")
     shutil.rmtree(inside)
     assert files_of(folder) == before

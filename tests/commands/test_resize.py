@@ -146,7 +146,7 @@ def test_stopped_when_it_takes_its_place(overwrite: bool, lora: Path, tmp_path: 
         with pytest.raises(KeyboardInterrupt):
             surgery.resize(lora, out, rank=4, overwrite=overwrite, progress=stopped)
     assert {path.name for path in out.iterdir()} == {"adapter_model.safetensors", ".surgery"}
-    assert any("the same command goes on" in note for note in stopped.notes)
+    assert any("the same command continues" in note for note in stopped.notes)
     surgery.resize(lora, out, rank=4, overwrite=overwrite, progress=Silent())
     surgery.resize(lora, tmp_path / "another", rank=4)
     assert files_of(out) == files_of(tmp_path / "another")
@@ -155,7 +155,7 @@ def test_stopped_when_it_takes_its_place(overwrite: bool, lora: Path, tmp_path: 
 def test_inputs_and_models_are_not_written_to(lora: Path, llama: Path, kohya: Path, tmp_path: Path) -> None:
     adapter = shutil.copytree(lora, tmp_path / "a")
     for out in (adapter, adapter / "sub", tmp_path):
-        with pytest.raises(OutputError, match="lie in one another"):
+        with pytest.raises(OutputError, match="one lies in the other"):
             surgery.resize(adapter, out, rank=2, overwrite=True)
     with pytest.raises(OutputError, match="is one of the inputs"):
         surgery.resize(kohya, kohya, rank=2, overwrite=True)

@@ -312,7 +312,7 @@ def test_overwrite_replaces_an_earlier_result_and_nothing_else(llama: Path, tmp_
     surgery.factorize(llama, tmp_path / "f", rank=2)
     (tmp_path / "f/mine.txt").write_text("precious")
     (tmp_path / "f/surgery/factors-00007-of-00009.safetensors.partial").write_bytes(b"left by a killed run")
-    with pytest.warns(SurgeryWarning, match="keeps what is no part of a model: mine.txt"):
+    with pytest.warns(SurgeryWarning, match="keeps files that are no part of a model: mine.txt"):
         surgery.factorize(llama, tmp_path / "f", rank=4, layout="overlay", overwrite=True)
     surgery.factorize(llama, tmp_path / "fresh", rank=4, layout="overlay")
     assert files_of(tmp_path / "f") == {**files_of(tmp_path / "fresh"), "mine.txt": b"precious"}
@@ -322,7 +322,7 @@ def test_overwrite_replaces_an_earlier_result_and_nothing_else(llama: Path, tmp_
 def test_overwrite_touches_no_folder_that_is_not_ours(foreign: str, llama: Path, tmp_path: Path) -> None:
     (tmp_path / "f" / foreign).parent.mkdir(parents=True)
     (tmp_path / "f" / foreign).write_text("precious")
-    with pytest.raises(OutputError, match="no run of surgery has put there") as caught:
+    with pytest.raises(OutputError, match="no run of surgery has written") as caught:
         surgery.factorize(llama, tmp_path / "f", rank=2, overwrite=True)
     assert foreign in str(caught.value)
     assert files_of(tmp_path / "f") == {foreign: b"precious"}
@@ -332,7 +332,7 @@ def test_scales_in_the_output_folder_are_not_overwritten(factorized: Path, tmp_p
     (tmp_path / "out").mkdir()
     scales = tmp_path / "out/trained.safetensors"
     scales.write_bytes((factorized / "surgery/scales.safetensors").read_bytes())
-    with pytest.raises(OutputError, match="lie in one another"):
+    with pytest.raises(OutputError, match="one lies in the other"):
         surgery.fold(factorized, scales, tmp_path / "out", overwrite=True)
     assert scales.exists()
 
@@ -362,7 +362,7 @@ def test_source_is_never_written_to(where: str, tmp_path: Path) -> None:
     before = files_of(model)
     (tmp_path / "link").symlink_to(model)
     out = tmp_path / "link" if where == "link" else model / where
-    with pytest.raises(OutputError, match="lie in one another"):
+    with pytest.raises(OutputError, match="one lies in the other"):
         surgery.factorize(model, out, rank=2, overwrite=True)
     assert files_of(model) == before
 
@@ -370,7 +370,7 @@ def test_source_is_never_written_to(where: str, tmp_path: Path) -> None:
 def test_fold_into_its_own_input(llama: Path, tmp_path: Path) -> None:
     surgery.factorize(llama, tmp_path / "f", rank=2)
     before = files_of(tmp_path / "f")
-    with pytest.raises(OutputError, match="lie in one another"):
+    with pytest.raises(OutputError, match="one lies in the other"):
         surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "f", overwrite=True)
     assert files_of(tmp_path / "f") == before
 

@@ -31,7 +31,7 @@ UNSOLVED = "linalg.eigh: (Batch element 0): The algorithm failed to converge"
 
 NOTES = {
     "cuda:0 has not enough free memory for every matrix: the largest are done on the CPU",
-    "the solvers of cuda:0 fail at some matrices: these are done on the CPU",
+    "the solvers of cuda:0 fail for some matrices: these are done on the CPU",
 }
 #: Where torch allocates, cuBLAS is called, a decomposition is made.
 ALLOCATING = (
@@ -201,13 +201,13 @@ def test_a_device_that_does_not_compute_is_passed_over_or_refused() -> None:
     with late_gpu(cards=("Old", "New"), fault=Fails((), _no_kernel, 1)), pytest.warns(SurgeryWarning, match="passed over"):
         assert choose_device("auto") == torch.device("cuda:1")
     with late_gpu(fault=Fails((), _no_kernel, 1, on=True)):
-        with pytest.warns(SurgeryWarning, match="cuda:0 does not compute and is passed over: CUDA error: no kernel image"):
+        with pytest.warns(SurgeryWarning, match="cuda:0 does not work and is passed over: CUDA error: no kernel image"):
             assert choose_device("auto") == torch.device("cpu")
         for name in ("cuda", "cuda:0"):
-            with pytest.raises(OptionError, match=f"device {name} does not compute") as raised:
+            with pytest.raises(OptionError, match=f"device {name} does not work") as raised:
                 choose_device(name)
             assert raised.value.got == NO_KERNEL.partition("\n")[0]
-        with pytest.raises(OptionError, match="does not compute"):
+        with pytest.raises(OptionError, match="does not work"):
             choose_devices("all")
     with late_gpu(cards=("One", "Two")):
         assert choose_device("auto") == torch.device("cuda")

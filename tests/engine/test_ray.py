@@ -42,7 +42,7 @@ def test_a_lost_worker_and_a_lost_machine_cost_only_the_shards_in_hand(llama: Pa
     assert report["fold"]["killed"] == ["machine"]
     weights = sum(path.stat().st_size for path in model.glob("*.safetensors"))
     # Of a driver that is killed with its tasks at work; what they still wrote meanwhile does no harm.
-    assert any(note.startswith("going on after") for note in report.pop("stopped"))
+    assert any(note.startswith("continuing after") for note in report.pop("stopped"))
     # An error of a task is the one that a user would get without Ray.
     assert report.pop("said") == [7, "said elsewhere"]
     error = report.pop("error")

@@ -135,7 +135,7 @@ def test_a_write_that_fails_behind(good: int, tmp_path: Path, watched: type[Watc
     watched.taken = staticmethod(taken)
     with pytest.raises(OutputError, match="No space left") as raised:
         write_in_pieces(tmp_path / "x", bytes(4 * CHUNK + 1))
-    assert "goes on where it stopped" in str(raised.value)
+    assert "continues where it stopped" in str(raised.value)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -138,13 +138,13 @@ def test_names_that_carry_something_with_what_is_kept_beside(
     for kind, values in beside.items():
         tensors |= {f"module.{key}.{kind}": value for key, value in values.items()}
     path = _save(tmp_path / "c", tensors, _owner(manifest, beside=["chosen", "orthogonal"]))
-    with pytest.warns(SurgeryWarning, match="fit them one to one") as caught:
+    with pytest.warns(SurgeryWarning, match="correspond to them one to one") as caught:
         found = read_trained(path, manifest)
     assert len(caught) == 1
     assert found.train == "core"
     assert {kind: values.keys() for kind, values in found.beside.items()} == dict.fromkeys(beside, cores.keys())
     assert all(torch.equal(found.beside[kind][key], beside[kind][key]) for kind in beside for key in cores)
-    with pytest.warns(SurgeryWarning, match="fit them one to one"):
+    with pytest.warns(SurgeryWarning, match="correspond to them one to one"):
         surgery.fold(factorized, path, tmp_path / "o")
     assert files_of(tmp_path / "o") == folded
     alone = read_scales_alone(path)
@@ -159,7 +159,7 @@ def test_what_is_kept_is_written_and_read(manifest: Manifest, cores: Tensors, tm
     found = read_trained(tmp_path / "c", manifest)
     assert found.beside["chosen"].keys() == some.keys()
     assert load_file(tmp_path / "c").keys() == cores.keys() | {f"{key}.chosen" for key in some}
-    with pytest.raises(ScalesError, match="is the name of scales, and of what is kept beside others"):
+    with pytest.raises(ScalesError, match="is the name of scales, and of other tensors that are saved with scales"):
         write_scales(
             tmp_path / "d", {"a": torch.ones(2), "a.chosen": torch.ones(2)}, None, "scales", {"chosen": {"a": some[min(some)]}}
         )
@@ -279,9 +279,9 @@ def test_a_core_that_is_none(
 @pytest.mark.parametrize("train", ["cores", "CORE", "butterfly", "", 1, True, [], ["core"], {"core": 1}])
 def test_a_kind_that_is_not_known(train: Any, factorized: Path, manifest: Manifest, cores: Tensors, tmp_path: Path) -> None:
     path = _save(tmp_path / "c", cores, _owner(manifest, train=train))
-    _refused(factorized, path, "holds what this version does not know", tmp_path)
+    _refused(factorized, path, "holds something that this version does not know", tmp_path)
     for command in (lambda: surgery.show_scales(path), lambda: surgery.blend([path], tmp_path / "mean")):
-        with pytest.raises(ScalesError, match="holds what this version does not know"):
+        with pytest.raises(ScalesError, match="holds something that this version does not know"):
             command()
 
 
@@ -292,7 +292,7 @@ def test_what_is_beside_and_is_not_said(beside: Any, manifest: Manifest, cores: 
     for extra in ({f"{max(cores)}.chosen": torch.ones(4, dtype=torch.uint8)}, {f"{max(cores)}.more": torch.ones(4)}):
         path = _save(tmp_path / "c", cores | extra, _owner(manifest, beside=beside))
         with pytest.raises(
-            ScalesError, match=r"(?s)has a dtype that scales cannot have.*where the metadata lists it|is no target"
+            ScalesError, match=r"(?s)has a dtype that scales cannot have.*if the metadata lists them|is no target"
         ):
             read_scales(path, manifest)
 

@@ -122,7 +122,7 @@ def test_what_a_function_has_no_use_for_is_refused(name: str, field: str, tmp_pa
         call(tmp_path / "no-model", options=Options(**{field: SET[field]}), progress=Silent(), **arguments)
     if has_no_use:
         assert isinstance(caught.value, OptionError)
-        assert caught.value.what == f"{name}() has no use for {field}, which its options set"
+        assert caught.value.what == f"{name}() does not use {field}, which its options set"
     else:
         assert isinstance(caught.value, surgery.SourceError)
     assert (name, field) in {

@@ -90,14 +90,14 @@ def test_names_that_carry_something(
     changed = {NAMES[how](name): value for name, value in trained.items()}
     assert changed.keys() != trained.keys()
     path = _save(tmp_path / "s.safetensors", changed, manifest.fingerprint)
-    with pytest.warns(SurgeryWarning, match="fit them one to one") as caught:
+    with pytest.warns(SurgeryWarning, match="correspond to them one to one") as caught:
         values = read_scales(path, manifest)
     assert len(caught) == 1
     assert values.keys() == trained.keys()
     assert all(torch.equal(values[name], trained[name]) for name in trained)
     with pytest.raises(ScalesError, match="belongs to other factors"):
         read_scales(_save(tmp_path / "other.safetensors", changed, "0" * 64), manifest)
-    with pytest.warns(SurgeryWarning, match="fit them one to one"):
+    with pytest.warns(SurgeryWarning, match="correspond to them one to one"):
         surgery.fold(factorized, changed, tmp_path / "out")  # as tensors
     assert files_of(tmp_path / "out") == folded
 
@@ -321,9 +321,9 @@ def test_an_entry_more(
 ) -> None:
     path = _save(tmp_path / "s.safetensors", {**trained, name: value}, manifest.fingerprint)
     if taken:
-        with pytest.warns(SurgeryWarning, match=f"is not used: {name}"):
+        with pytest.warns(SurgeryWarning, match=f"are not used: {name}"):
             assert read_scales(path, manifest).keys() == trained.keys()
-        with pytest.warns(SurgeryWarning, match=f"is not used: {name}"):
+        with pytest.warns(SurgeryWarning, match=f"are not used: {name}"):
             assert show_scales(path).targets == len(trained)
     else:
         with pytest.raises(ScalesError, match=repr(name)):

@@ -222,5 +222,5 @@ def test_the_cache_is_never_the_output(hub: LoopbackHub, llama: Path) -> None:
     surgery.plan("acme/cached", rank=4)
     cache = Path(os.environ["HF_HOME"]) / "hub"
     for out in (cache / "models--acme--cached/snapshots/x", cache / "inside", cache):
-        with pytest.raises(OutputError, match="lie in one another"):
+        with pytest.raises(OutputError, match="one lies in the other"):
             surgery.factorize("acme/cached", out, rank=4, overwrite=True)

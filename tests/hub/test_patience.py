@@ -315,7 +315,7 @@ def test_whoever_waits_is_told(hub: LoopbackHub, llama: Path, monkeypatch: pytes
     surgery.factorize("acme/told", Path(os.environ["HF_HOME"]) / "told", rank=2, progress=progress)
     assert "tokenizer.json: the hub answers 503; attempt 2 in 1 s" in items
     assert "tokenizer.json: the hub answers 429; attempt 3 in 70 s" in items
-    assert sum("keeps us waiting for tokenizer.json" in note for note in progress.notes) == 1
+    assert sum("makes surgery wait for tokenizer.json" in note for note in progress.notes) == 1
     assert 70.0 in clock.waits
 
 
@@ -450,7 +450,7 @@ def test_what_the_client_fetches_in_its_own_way_is_held_to_its_hash_too(
     repo.by_xet = True
     victim = sorted(shards.glob("*.safetensors"))[2].name
     repo.corrupted.add(victim)
-    with pytest.raises(SourceError, match=f"{victim}: what comes is not the file that the hub has"):
+    with pytest.raises(SourceError, match=f"{victim}: the download is not the file that the hub has"):
         surgery.factorize(name, tmp_path / "f", rank=2, stream=stream, progress=Silent())
     fetched = repository.download_by_xet
 
@@ -557,7 +557,7 @@ def test_a_cache_that_is_pruned_meanwhile(
         except SurgeryError as error:
             if last:
                 raise
-            assert "the hub's cache has lost it; run the same command again" in str(error)  # noqa: PT017
+            assert "it is no longer in the hub's cache; run the same command again" in str(error)  # noqa: PT017
     assert progress.done
     assert not stream or not [path for path in progress._folder.rglob("*.safetensors") if path.is_file()]
     surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "back", stream=stream, progress=Silent())

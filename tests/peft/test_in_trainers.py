@@ -344,7 +344,7 @@ def test_directions_that_cannot_be_chosen(made: Path) -> None:
     for delta in parameters:
         optimizer.state[delta] = {"step": torch.tensor(1.0)}
         delta.grad = torch.ones_like(delta)
-    with pytest.raises(OptionError, match="has made steps"):
+    with pytest.raises(OptionError, match="has already made steps"):
         optimizer.step()
 
 

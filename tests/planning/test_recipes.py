@@ -128,7 +128,7 @@ def test_every_builtin_recipe_can_be_named_and_is_used() -> None:
         ('[[rules]]\nmatch = "*"\nskip = "x"\nrank = 3', "nothing else can be said", ""),
         ('[[rules]]\nmatch = "*"\nskip = ""', "must tell the reason", ""),
         ('[[rules]]\nregex = "a{99999999999999999999}"', "no regular expression", ""),
-        ("[[rules]]\nregex = '(?!.*mlp).*proj.*'", "no regular expression", "say in a rule before this one what is not meant"),
+        ("[[rules]]\nregex = '(?!.*mlp).*proj.*'", "no regular expression", "skip what is not meant in a rule before this one"),
         ("[[rules]]\nmatch = '" + "[" * 10_001 + "'", "a glob of 10001 characters", ""),
         ("[[rules]]\nregex = '" + "(" * 5000 + ")" * 5000 + "'", "no regular expression", ""),
         ("a = " + "[" * 5000, "no valid TOML", ""),
@@ -158,7 +158,7 @@ def test_recipes_that_are_not_there(llama: Path, tmp_path: Path) -> None:
         planned(llama, recipe="lama")
     assert "did you mean 'llama'?" in str(caught.value)
     for name in (tmp_path / "nothing.toml", "x" * 5000, "~nobody-of-this-name/x.toml", "null\0byte"):
-        with pytest.raises(SurgeryError, match=r"there is no recipe|no such path|a user that is not known|name too long"):
+        with pytest.raises(SurgeryError, match=r"there is no recipe|can have this path|a user that is not known|name too long"):
             planned(llama, recipe=name)
 
 

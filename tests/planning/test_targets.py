@@ -268,6 +268,7 @@ _JOINED = "experts joined in one matrix, and config.json does not tell how many"
         ("model.decoder.bbox_embed.0.layers.1.weight", (256, 256), {}, "an output head"),
         ("lm_heads.0.weight", (2048, 1024), {}, "an output head"),
         ("encoder.blocks.0.1.attention.q_head.weight", (768, 768), {}, None),
+        ("bert.pooler.dense.weight", (768, 768), {}, "a pooler"),
         # What decides where to look, and what modulates, is a layer like any other.
         ("model.layers.0.self_attn.indexer.wq_b.weight", (8192, 1536), {"model_type": "deepseek_v32"}, None),
         ("model.layers.0.self_attn.indexer.weights_proj.weight", (64, 7168), {"model_type": "deepseek_v32"}, None),

@@ -197,7 +197,7 @@ def test_interrupted_while_a_complete_result_is_uploaded(
         said = _StopWhileUploading()
         with pytest.raises(KeyboardInterrupt):
             call(push_to_hub=f"acme/late-{name}", progress=said)
-        hint = f"stopped before the upload to acme/late-{name} was complete; the same command goes on from there"
+        hint = f"stopped before the upload to acme/late-{name} was complete; the same command continues from there"
         assert said.notes[-1] == hint
         assert not any(looks_whole(commit.files) for commit in hub.repos[f"acme/late-{name}"].history)
         call(push_to_hub=f"acme/late-{name}", progress=Silent())
@@ -225,7 +225,7 @@ def test_interrupted_run_leaves_no_model_and_goes_on(hub: LoopbackHub, shards: P
         hub.blobs.pop(value, None)  # or the hub would not want them a second time anyway
     before, again = len(hub.received), Silent()
     surgery.factorize(shards, tmp_path / "f", rank=5, push_to_hub=name, progress=again)
-    assert any(note.startswith("going on after") for note in again.notes)
+    assert any(note.startswith("continuing after") for note in again.notes)
     assert {file: (tmp_path / "f" / file).stat().st_mtime_ns for file in finished} == modified
     received = hub.received[before:]
     assert received
@@ -300,7 +300,7 @@ def test_a_model_of_somebody_else_is_not_replaced(hub: LoopbackHub, llama: Path,
     """Told before any work as well."""
     repo = hub.publish("acme/precious-model", shutil.copytree(llama, tmp_path / "precious"))
     before = files_of(repo.folder)
-    with pytest.raises(OutputError, match="holds a model that surgery has not put there"):
+    with pytest.raises(OutputError, match="holds a model that surgery has not uploaded"):
         surgery.factorize(llama, tmp_path / "f", rank=4, push_to_hub="acme/precious-model")
     assert files_of(repo.folder) == before
     assert not (tmp_path / "f").exists()

@@ -307,7 +307,7 @@ def test_weights_among_the_last_files_replace_others_in_one_commit(hub: Loopback
 def test_model_of_another_origin_is_not_replaced(hub: LoopbackHub, llama: Path, tmp_path: Path) -> None:
     shutil.copytree(llama, tmp_path / "m")
     repo = hub.publish("acme/precious", tmp_path / "m")
-    with pytest.raises(OutputError, match="acme/precious holds a model that surgery has not put there") as caught:
+    with pytest.raises(OutputError, match="acme/precious holds a model that surgery has not uploaded") as caught:
         Upload.open("acme/precious")
     assert "config.json" in str(caught.value)
     assert repo.history == []
@@ -383,7 +383,7 @@ def test_change_by_somebody_else_at_the_last_moment(hub: LoopbackHub, tmp_path: 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ReadError, match=r"gone\.safetensors: cannot be read"), Upload.open("acme/gone") as target:
         target.submit(tmp_path / "gone.safetensors", "gone.safetensors")
-    with pytest.raises(OutputError, match="the hub takes no such file"), Upload.open("acme/gone") as target:
+    with pytest.raises(OutputError, match="the hub does not accept this file"), Upload.open("acme/gone") as target:
         target.finish({".git/config": b""}, CARD)
 
 

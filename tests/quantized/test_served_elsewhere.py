@@ -56,7 +56,7 @@ def test_streamed_from_the_hub_and_gone_on_with(made: Made, hub: LoopbackHub, tm
         surgery.factorize("acme/packed", tmp_path / "f", rank=RANK, stream=True, progress=StopAt(last))
     again = Silent()
     surgery.factorize("acme/packed", tmp_path / "f", rank=RANK, stream=True, progress=again)
-    assert any("going on after" in note for note in again.notes)
+    assert any("continuing after" in note for note in again.notes)
     local, streamed = files_of(made.factorized), files_of(tmp_path / "f")
     assert {name for name in local if local[name] != streamed[name]} <= {"surgery/manifest.json", "surgery/scales.safetensors"}
     kept, _ = made.folded("folded")

@@ -367,7 +367,7 @@ def test_cast(dtype: torch.dtype, model: tuple[Tensors, dict[str, Any]], tmp_pat
     folder = _save_cast(tmp_path / "m", tensors, config, dtype)
     plan = planned(folder, rank=4)
     assert plan.layout == "overlay"
-    assert any("FP8 without scales, taken for the numbers that they are: 14 weights" in note for note in plan.notes)
+    assert any("14 FP8 weights have no scales, and are read as plain numbers" in note for note in plan.notes)
     silent = surgery.Silent()
     manifest = surgery.factorize(folder, tmp_path / "f", rank=4, progress=silent).manifest
     surgery.verify(tmp_path / "f", base=folder, progress=silent)

@@ -98,7 +98,7 @@ def test_what_another_fold_has_left_does_not_stay(first: int, then: int, tmp_pat
     surgery.fold(of_b, _ones(of_b), tmp_path / "alone", device="cpu")
     own = {"notes.txt": b"mine", "plots/loss.png": b"mine"}
     assert files_of(out) == {**files_of(tmp_path / "alone"), **own}
-    assert said.notes == [f"{out} keeps what is no part of a model: notes.txt, plots/loss.png"]
+    assert said.notes == [f"{out} keeps files that are no part of a model: notes.txt, plots/loss.png"]
 
 
 def test_a_folder_with_a_config_and_no_model_in_it(tmp_path: Path) -> None:
@@ -114,8 +114,8 @@ def test_a_folder_with_a_config_and_no_model_in_it(tmp_path: Path) -> None:
         surgery.fold(made, _ones(made), out, device="cpu", overwrite=True, progress=said)
         assert files_of(out) == {**files_of(tmp_path / "alone"), **own}
         assert said.notes == [
-            f"{out} keeps what is no part of a model: notes.csv",
-            f"{out} keeps what may be taken for part of it: README.md, requirements.txt, train.py",
+            f"{out} keeps files that are no part of a model: notes.csv",
+            f"{out} keeps files that loaders may take for a part of the model: README.md, requirements.txt, train.py",
         ]
         shutil.rmtree(out)
 
@@ -134,7 +134,7 @@ def test_each_kind_of_result_replaces_the_other(tmp_path: Path) -> None:
     # Weights of other names may be anybody's where they are no fold's.
     surgery.fold(of_a, _ones(of_a), tmp_path / "folded", device="cpu")
     before = files_of(tmp_path / "folded")
-    with pytest.raises(OutputError, match="no run of surgery has put there"):
+    with pytest.raises(OutputError, match="no run of surgery has written"):
         surgery.factorize(b, tmp_path / "folded", rank=2, device="cpu", overwrite=True)
     assert files_of(tmp_path / "folded") == before
 
@@ -323,7 +323,7 @@ def test_edits_of_what_is_no_weight_are_taken_along(name: str, llama: Path, tmp_
     edited.write_bytes(text)
     said = Silent()
     surgery.fold(made, _ones(made, 1.0), tmp_path / "o", device="cpu", progress=said)
-    assert said.notes == [f"changed since {made} was made, and taken along as they are: {name}"]
+    assert said.notes == [f"these files have changed since {made} was made, and are copied as they are now: {name}"]
     assert files_of(tmp_path / "o") == {**files_of(llama), name: text}
     again = Silent()
     surgery.fold(made, _ones(made, 1.0), tmp_path / "o", device="cpu", progress=again)
@@ -380,7 +380,7 @@ def test_edits_of_the_config_of_an_fp8_model(llama: Path, tmp_path: Path) -> Non
     surgery.fold(made, _ones(made), tmp_path / "truth", base=model, device="cpu")
     config = json.loads((made / "config.json").read_text())
     (made / "config.json").write_text(json.dumps({**config, "rope_theta": 5e5}))
-    with pytest.warns(SurgeryWarning, match="taken along as they are: config.json"):
+    with pytest.warns(SurgeryWarning, match="copied as they are now: config.json"):
         surgery.fold(made, _ones(made), tmp_path / "o", base=model, device="cpu")
     expected = tensors_of(tmp_path / "truth")
     assert {name: tensor.tolist() for name, tensor in tensors_of(tmp_path / "o").items()} == {

@@ -33,7 +33,7 @@ from tests.models import files_of, realistic, save_llama
 from tests.sealing import seal
 
 # What is said of a run that was begun before, where a test does not listen.
-pytestmark = pytest.mark.filterwarnings("ignore:going on after|.* is already complete:surgery.errors.SurgeryWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:continuing after|.* is already complete:surgery.errors.SurgeryWarning")
 
 ROOT = Path(__file__).parents[2]
 
@@ -78,13 +78,13 @@ def test_killed_at_any_moment(trials: int, llama: Path, tmp_path: Path) -> None:
 def test_goes_on_after_the_last_finished_shard(llama: Path, truth: Path, tmp_path: Path) -> None:
     out = tmp_path / "f"
     stop = _interrupted(llama, out)
-    assert stop.notes[-1] == "stopped after 2 shards; the same command goes on from there"
+    assert stop.notes[-1] == "stopped after 2 shards; the same command continues from there"
     assert not (out / "surgery/manifest.json").exists()
     assert not (out / "config.json").exists()
     assert not list(out.rglob("*.partial"))
     again = Silent()
     surgery.factorize(llama, out, rank=4, progress=again)
-    assert again.notes == ["going on after 2 of 3 shards"]
+    assert again.notes == ["continuing after 2 of 3 shards"]
     assert files_of(out) == files_of(truth)
 
 
@@ -105,7 +105,7 @@ def test_interrupted_while_the_last_files_are_copied(
         with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
             patched.setattr(f"surgery.{module}.copy_file", stopped)
             run(said)
-        assert said.notes == ["stopped after 3 shards; the same command goes on from there"]
+        assert said.notes == ["stopped after 3 shards; the same command continues from there"]
         run(Silent())
     assert files_of(tmp_path / "f") == files_of(truth)
     assert files_of(tmp_path / "o") == files_of(llama)
@@ -130,7 +130,7 @@ def test_a_run_of_other_options_that_is_interrupted_while_it_is_planned(llama: P
     said = Planned()
     with pytest.raises(KeyboardInterrupt):
         surgery.factorize(llama, tmp_path / "f", rank=5, progress=said)
-    expected = "holds a run that was stopped after 2 shards; the command that began it goes on from there"
+    expected = "holds a run that was stopped after 2 shards; the command that started it continues from there"
     assert said.notes == [f"{tmp_path / 'f'} {expected}"]
 
 
@@ -381,7 +381,7 @@ def test_a_complete_result_is_left_alone(llama: Path, truth: Path, tmp_path: Pat
     assert again.notes == [f"{out} is already complete: nothing to do"]
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()} == times
     (out / "surgery/factors-00002-of-00003.safetensors").unlink()
-    with pytest.raises(OutputError, match="has lost files"):
+    with pytest.raises(OutputError, match="some of its files are missing"):
         surgery.factorize(llama, out, rank=4)
 
 
@@ -392,7 +392,7 @@ def test_fold_goes_on(train: Train, llama: Path, truth: Path, tmp_path: Path) ->
     stop = _Stop(LAST)
     with pytest.raises(KeyboardInterrupt):
         surgery.fold(truth, scales, tmp_path / "o", progress=stop)
-    assert stop.notes == ["stopped after 2 shards; the same command goes on from there"]
+    assert stop.notes == ["stopped after 2 shards; the same command continues from there"]
     assert not (tmp_path / "o/config.json").exists()
     first = tmp_path / "o/model-00001-of-00003.safetensors"
     written = first.stat().st_mtime_ns
@@ -535,12 +535,12 @@ def test_signals_stop_the_command(number: signal.Signals, code: int, tmp_path: P
     stdout, stderr = running.communicate(timeout=60)
     assert time.monotonic() - sent < 30  # two seconds on a machine that does nothing else
     assert (running.returncode, stdout) == (code, "")
-    assert "the same command goes on from there" in stderr
+    assert "the same command continues from there" in stderr
     assert "Traceback" not in stderr
     assert not list(out.rglob("*.partial"))
     done = subprocess.run(command, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0
-    assert "going on after" in done.stderr
+    assert "continuing after" in done.stderr
     surgery.factorize(model, tmp_path / "truth", device="cpu")
     assert files_of(out).keys() == files_of(tmp_path / "truth").keys()
 
@@ -569,7 +569,7 @@ def test_the_source_is_never_the_output(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(model)
     for out in (model, tmp_path / "link", model / "inside", tmp_path):
         for overwrite in (False, True):
-            with pytest.raises(OutputError, match="lie in one another"):
+            with pytest.raises(OutputError, match="one lies in the other"):
                 surgery.factorize(model, out, rank=4, overwrite=overwrite)
     assert files_of(model) == before
 
@@ -618,7 +618,7 @@ def test_complete_means_all_of_it(tmp_path: Path) -> None:
     (model / "tokenizer.json").write_bytes(before)
     surgery.factorize(model, out, rank=4)
     (out / "surgery/scales.safetensors").unlink()
-    with pytest.raises(OutputError, match="has lost files") as caught:
+    with pytest.raises(OutputError, match="some of its files are missing") as caught:
         surgery.factorize(model, out, rank=4)
     assert "scales.safetensors" in str(caught.value)
 
@@ -630,7 +630,7 @@ def test_overwrite_goes_on_as_well(llama: Path, truth: Path, tmp_path: Path) -> 
     _interrupted(llama, out, overwrite=True)
     again = Silent()
     surgery.factorize(llama, out, rank=4, overwrite=True, progress=again)
-    assert again.notes == ["going on after 2 of 3 shards"]
+    assert again.notes == ["continuing after 2 of 3 shards"]
     assert files_of(out) == files_of(truth)
     # An unfinished run of a model with other files.
     other = save_llama(tmp_path / "m", torch.bfloat16, shard_size="10MB")
@@ -639,7 +639,7 @@ def test_overwrite_goes_on_as_well(llama: Path, truth: Path, tmp_path: Path) -> 
     _interrupted(llama, out, overwrite=True)
     with pytest.raises(SourceError, match="is an unfinished factorized checkpoint") as caught:
         surgery.fold(out, {}, tmp_path / "o")
-    assert caught.value.hint == "repeat the command that writes it: it goes on where it stopped"
+    assert caught.value.hint == "repeat the command that writes it: it continues where it stopped"
     surgery.factorize(other, out, rank=4, overwrite=True)
     assert files_of(out) == files_of(tmp_path / "expected")
 

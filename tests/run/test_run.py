@@ -68,7 +68,7 @@ def test_what_the_journal_has_is_not_done_again(tmp_path: Path, journal: Journal
     jobs, said = _Squares(), Silent()
     assert _results(jobs, journal, progress=said) == [0, 1, None, 9]
     assert (jobs.done, jobs.told) == ([3, 1], [0, 2])
-    assert said.notes == ["going on after 2 of 4 shards"]
+    assert said.notes == ["continuing after 2 of 4 shards"]
     jobs, said = _Squares(), Silent()
     assert _results(jobs, journal, progress=said, note_resumed=False) == [0, 1, None, 9]
     assert (jobs.done, jobs.told, said.notes) == ([], [0, 1, 2, 3], [])
@@ -139,7 +139,7 @@ def test_a_run_that_ends_leaves_its_result_and_nothing_else(tmp_path: Path) -> N
         ("planned", []),
         ("locked", []),
         ("begun", []),
-        ("recorded", ["stopped after 1 shard; the same command goes on from there"]),
+        ("recorded", ["stopped after 1 shard; the same command continues from there"]),
         ("finished", []),
     ],
 )

@@ -81,7 +81,7 @@ def _goes_on(model: Path, out: Path, truth: dict[str, bytes]) -> None:
     assert not (out / "surgery/manifest.json").exists()
     done = subprocess.run(_command(model, out), capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    assert "going on after" in done.stderr
+    assert "continuing after" in done.stderr
     assert files_of(out) == truth
 
 
@@ -111,7 +111,7 @@ def test_a_connection_that_is_lost_is_told_in_a_log(model: Path, truth: dict[str
     os.close(terminal)
     assert _exit_code(child) == 129
     said = log.read_text()
-    assert "the same command goes on from there" in said
+    assert "the same command continues from there" in said
     assert said.endswith("Interrupted.\n")
     assert "Traceback" not in said
     _goes_on(model, out, truth)
@@ -153,7 +153,7 @@ def test_more_than_one(numbers: list[signal.Signals], model: Path, truth: dict[s
     assert running.returncode in {code for number in numbers for code in (128 + number, -number)}
     assert stdout == ""
     assert "Traceback" not in stderr
-    assert "the same command goes on from there" in stderr
+    assert "the same command continues from there" in stderr
     _goes_on(model, out, truth)
 
 
@@ -180,7 +180,7 @@ def test_ctrl_c_again_and_again(tmp_path: Path) -> None:
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
         running.send_signal(number)
     assert running.stderr.readline() == "\n"
-    assert running.stderr.readline() == "Stopping, which may take a moment; Ctrl-C once more stops at once.\n"
+    assert running.stderr.readline() == "Stopping. This may take a moment; press Ctrl-C again to stop at once.\n"
     assert running.poll() is None
     running.send_signal(signal.SIGINT)
     running.communicate(timeout=60)

@@ -87,7 +87,7 @@ def test_a_run_is_not_taken_up_on_another_processor(llama: Path, tmp_path: Path,
     assert f'device: "cpu, {processor()}" then, "cpu, AVX512 01234567" now' in str(raised.value)
     told = surgery.Silent()
     manifest = surgery.factorize(llama, tmp_path / "f", rank=4, device="cpu", progress=told).manifest
-    assert told.notes == ["going on after 1 of 3 shards"]
+    assert told.notes == ["continuing after 1 of 3 shards"]
     assert manifest.device == f"cpu, {processor()}"
 
 

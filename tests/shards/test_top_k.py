@@ -237,7 +237,7 @@ def test_what_is_not_proven_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return dataclasses.replace(svd, certificate=dataclasses.replace(svd.certificate, top_k=found[len(A) - 20]))
 
     monkeypatch.setattr(matrices, "truncated_svd", solved)
-    with pytest.warns(SurgeryWarning, match="not proven of 2 of 3 targets") as told:
+    with pytest.warns(SurgeryWarning, match="for 2 of 3 targets it is not proven") as told:
         report = surgery.factorize(folder, tmp_path / "f", rank=2, include=["*"], prove=True, device="cpu")
     assert f"{names[1]} (unknown), {names[0]} (likely 2.00e-02)." in str(told[0].message)
     assert report.top_k == TopKSummary(proven=1, likely=1, unknown=1, margin=0.02, margin_in=names[0])

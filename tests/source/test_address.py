@@ -210,7 +210,7 @@ def test_the_source_is_not_written_to_whatever_it_is_called(llama: Path, tmp_pat
     for name in (f"'{model}' ", f"file://{model}"):
         with pytest.raises(OutputError, match="lies in one"):
             surgery.recommend(name, budget=100, out=model / "recipe.toml")
-        with pytest.raises(OutputError, match="lie in one another"):
+        with pytest.raises(OutputError, match="one lies in the other"):
             surgery.factorize(name, model / "f", rank=2)
 
 
@@ -219,7 +219,7 @@ def test_a_weight_file_as_the_model(tmp_path: Path) -> None:
     assert surgery.plan(single / "model.safetensors").targets == surgery.plan(single).targets
     assert open_source(single / "model.safetensors").name == str(single)
     shutil.copy(single / "model.safetensors", single / "other.safetensors")
-    with pytest.raises(SourceError, match=r"other\.safetensors is not among the weights that .*single stands for"):
+    with pytest.raises(SourceError, match=r"other\.safetensors is not one of the weight files that surgery reads of .*single"):
         surgery.plan(single / "other.safetensors")
     sharded = save_llama(tmp_path / "sharded", torch.bfloat16)
     with pytest.raises(SourceError, match=r"is one of the 3 weight files of .*sharded"):

@@ -534,7 +534,7 @@ def test_a_folder_of_the_models_own_where_ours_is() -> None:
     for name in ("manifest.json", "scales.safetensors", "factors-00001-of-00002.safetensors.partial"):
         with pytest.raises(SourceError, match="m is itself a factorized checkpoint"):
             _select("model.safetensors", f"surgery/{name}")
-    with pytest.raises(SourceError, match=r"m is an unfinished result\n.*goes on where it stopped"):
+    with pytest.raises(SourceError, match=r"m is an unfinished result\n.*continues where it stopped"):
         _select("model.safetensors", "surgery/factors-00001-of-00002.safetensors", ".surgery/run.json")
 
 

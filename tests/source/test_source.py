@@ -430,8 +430,8 @@ def test_the_plan_says_what_goes_along_and_what_stays(model: Path) -> None:
     assert (parsed["files_along"], parsed["bytes_along"]) == (len(along), sum(map(len, along.values())))
     assert {"file": "checkpoint-100/", "reason": "left by a training run"} in parsed["left_out"]
     text = CliRunner().invoke(main, ["plan", str(model)]).stdout
-    assert f"{len(along)} other files go along, " in text
-    assert "14 files and folders stay behind" in text
+    assert f"{len(along)} other files are copied, " in text
+    assert "14 files and folders are left out" in text
     assert ".cache/, .env, .git/" in text
     every = CliRunner().invoke(main, ["plan", str(model), "--all"]).stdout
     assert all(entry["file"] in every for entry in parsed["left_out"])
@@ -590,7 +590,7 @@ def test_the_hubs_cache(how: str, model: Path, tmp_path: Path) -> None:
     _, back = _there_and_back(given, tmp_path)
     assert files_of(back) == files_of(model)
     for out in (given / "f", snapshot / "f", tmp_path / "cache/models--acme--m/blobs/f", tmp_path / "cache"):
-        with pytest.raises(OutputError, match="lie in one another"):
+        with pytest.raises(OutputError, match="one lies in the other"):
             surgery.factorize(given, out, rank=4)
 
 
@@ -604,7 +604,7 @@ def test_weights_may_lie_anywhere(model: Path, tmp_path: Path) -> None:
     _, back = _there_and_back(model, tmp_path)
     assert files_of(back) == truth
     for out in (elsewhere, elsewhere / "f"):
-        with pytest.raises(OutputError, match="lie in one another"):
+        with pytest.raises(OutputError, match="one lies in the other"):
             surgery.factorize(model, out, rank=4, overwrite=True)
     surgery.factorize(model, tmp_path / "o", rank=4, layout="overlay")
     with pytest.raises(OutputError, match="the model that the checkpoint was made from"):

@@ -91,10 +91,10 @@ def test_goes_on_in_the_middle(hub: LoopbackHub, shards: Path, tmp_path: Path) -
     before = len(hub.requests)
     again = Silent()
     surgery.factorize("acme/stream-resumed", tmp_path / "f", rank=4, stream=True, progress=again)
-    assert any("going on after" in note for note in again.notes)
+    assert any("continuing after" in note for note in again.notes)
     # The header of each file is read for the plan; these files are so small that it comes as a whole.
     fetched = [path for method, path, sent in hub.requests[before:] if method == "GET" and sent and ".safetensors" in path]
-    finished = int(next(note for note in again.notes if "going on" in note).split()[3])
+    finished = int(next(note for note in again.notes if "continuing" in note).split()[2])
     assert finished >= 3
     counts = {index: sum(f"model-{index:05d}-of" in path for path in fetched) for index in range(1, finished + 2)}
     assert sorted(counts.values()) == [1] * finished + [2]
@@ -131,7 +131,7 @@ def test_a_damaged_download_is_told_from_the_hash_of_the_hub(
     assert not (tmp_path / "f/config.json").exists()
     if stream:  # what is damaged has not been kept
         repo.corrupted.clear()
-        with pytest.warns(SurgeryWarning, match="going on after"):
+        with pytest.warns(SurgeryWarning, match="continuing after"):
             surgery.factorize(name, tmp_path / "f", rank=4, stream=True)
         surgery.fold(tmp_path / "f", tmp_path / "f/surgery/scales.safetensors", tmp_path / "back")
         assert files_of(tmp_path / "back") == files_of(shards)

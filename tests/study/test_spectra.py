@@ -313,7 +313,7 @@ def test_recommended_for_a_change(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="there is nothing to keep"):
         surgery.recommend(folder, folder, budget=7, out=tmp_path / "other.toml", progress=heard)
     assert "has the same weights as the original in all 3 matrices" in heard.notes[0]
-    with pytest.raises(OptionError, match="the budget buys no direction"):
+    with pytest.raises(OptionError, match="the budget is too small for one direction"):
         surgery.recommend(folder, budget=7, unit="bytes", out=tmp_path / "other.toml")
 
 
@@ -326,7 +326,7 @@ def test_recommended_for_cores_of_a_change(tmp_path: Path) -> None:
     found = surgery.recommend(folder, tuned, budget=15, out=tmp_path / "r.toml", train="core", max_rank=8)
     assert (found.ranks, found.trainable, found.spent) == ({NAME: 3}, 9, 9)
     assert found.kept == pytest.approx(1, abs=1e-4)
-    with pytest.raises(OptionError, match="the budget buys no direction") as caught:
+    with pytest.raises(OptionError, match="the budget is too small for one direction") as caught:
         surgery.recommend(folder, tuned, budget=8, out=tmp_path / "other.toml", train="core", max_rank=8)
     assert (caught.value.got, caught.value.expected) == ("8 numbers", "at least 9 numbers")
     with pytest.raises(OptionError, match="scales of the leading directions explain nothing of the change"):

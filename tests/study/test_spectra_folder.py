@@ -68,7 +68,7 @@ def test_goes_on_after_the_last_finished_shard(
     (out / "notes.txt").write_text("mine")
     before = files_of(out)
     said = _interrupted(model, tuned, out, overwrite=earlier)
-    assert "the same command goes on from there" in said
+    assert "the same command continues from there" in said
     assert {name: data for name, data in files_of(out).items() if not name.startswith(".surgery/")} == before
     measured = []
     take = SpectraMeasure.__call__
@@ -80,7 +80,7 @@ def test_goes_on_after_the_last_finished_shard(
     monkeypatch.setattr(SpectraMeasure, "__call__", count)
     quiet = Silent()
     report = surgery.spectra(model, tuned, out=out, progress=quiet, **STUDY)  # without overwrite: it is the same run
-    assert any(note.startswith("going on after") for note in quiet.notes)
+    assert any(note.startswith("continuing after") for note in quiet.notes)
     assert 0 < len(measured) < len(report.targets) == 4
     assert files_of(out) == files_of(tmp_path / "truth") | {"notes.txt": b"mine"}
 
@@ -160,7 +160,7 @@ def test_the_command_goes_on(models: tuple[Path, Path], tmp_path: Path) -> None:
         command += ["--include", pattern]
     result = CliRunner().invoke(main, command)
     assert result.exit_code == 0, result.output
-    assert "going on after" in result.output
+    assert "continuing after" in result.output
     assert {path.name for path in out.iterdir()} == FILES
     again = CliRunner().invoke(main, command)
     assert again.exit_code == 1

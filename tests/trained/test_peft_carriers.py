@@ -294,7 +294,7 @@ def test_a_lora_of_a_residual_is_merged_nowhere_else(made: Path, tmp_path: Path)
     for options in ({"dtype": "float32"}, {"weights": [0.5]}):
         with pytest.raises(OptionError, match="is a factorized checkpoint"):
             surgery.merge(made / "f", tmp_path / "t", tmp_path / "o4", **options)
-    with pytest.raises(OptionError, match="can be merged that was trained on its residual"):
+    with pytest.raises(OptionError, match="only a LoRA that was trained on its residual can be merged"):
         surgery.merge(made / "f", made / "f/surgery", tmp_path / "o4")
 
 

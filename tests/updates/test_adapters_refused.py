@@ -235,7 +235,7 @@ def test_what_cannot_be_summed(model: Path, tmp_path: Path) -> None:
     tokens = _adapter(model, tmp_path / "tokens", trainable_token_indices=[1])
     plain = _adapter(model, tmp_path / "plain", target_modules=["lm_head", "embed_tokens"])
     for one in (head, tokens):
-        with pytest.raises(OptionError, match=r"counts as it is, or not at all\n  got: +a weight of 0\.5"):
+        with pytest.raises(OptionError, match=r"can only have the weight 1\n  got: +a weight of 0\.5"):
             update_of(model, one, weights=[0.5])
     for several in ((head, head), (head, plain), (plain, tokens)):
         with pytest.raises(OptionError, match="or rows of it, which another adapter changes too"):

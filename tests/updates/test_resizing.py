@@ -170,7 +170,7 @@ def test_a_smaller_rank_of_its_own_and_none(tmp_path: Path) -> None:
     found = {one.module: (one.rank, one.kept) for one in report.modules}
     assert found == {"a.full": (5, 1), "a.low": (2, 1), "a.off": (1, None), "a.zero": (1, None)}
     assert heard.notes == [
-        "zero, and of rank 1 in the file, are of 4 updates: a.off, a.zero",
+        "2 of 4 updates are zero, and have rank 1 in the file: a.off, a.zero",
         "2 of 4 updates have a rank below 64 and keep their own (least: 2, a.low)",
     ]
     new = load_file(tmp_path / "out" / _WEIGHTS)

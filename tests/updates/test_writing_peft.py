@@ -172,7 +172,7 @@ def test_patterns_give_each_module_its_own_rank() -> None:
         ("gpt2", "wte", "a weight that several modules share"),
         ("gpt_oss", "down_proj_bias", "a weight of GptOssExperts"),
         ("vit", "cls_token", "a weight of ViTEmbeddings"),
-        ("mamba", "dt_proj", "a weight of Linear, which MambaMixer reads past its forward"),
+        ("mamba", "dt_proj", "a weight of Linear, which MambaMixer reads directly"),
         ("mamba", "conv1d", "a convolution in groups|a weight of Conv1d, which MambaMixer reads"),
     ],
 )

@@ -107,7 +107,7 @@ def _with_targets(model: Path) -> list[Path]:
     return [model / shard.file for shard in surgery.plan(model, rank=4).shards if shard.targets]
 
 
-@pytest.mark.filterwarnings("ignore:going on after:surgery.errors.SurgeryWarning")
+@pytest.mark.filterwarnings("ignore:continuing after:surgery.errors.SurgeryWarning")
 @pytest.mark.parametrize("which", [0, -1], ids=["read already", "not yet read"])
 @pytest.mark.parametrize("change", CHANGES)
 def test_factorize_says_so(change: Change, which: int, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_goes_on_with_what_has_changed_between_two_starts(tmp_path: Path) -> Non
     again = Silent()
     surgery.factorize(model, tmp_path / "f", rank=4, device="cpu", progress=again)
     shards = len(surgery.plan(model, rank=4).shards)
-    assert again.notes == [f"going on after {finished - 1} of {shards} shards"]
+    assert again.notes == [f"continuing after {finished - 1} of {shards} shards"]
     surgery.factorize(model, tmp_path / "truth", rank=4, device="cpu")
     assert files_of(tmp_path / "f") == files_of(tmp_path / "truth")
 

@@ -33,8 +33,8 @@ from surgery.progress import phase
     type=click.Choice(["peft", "peft-trainable", "peft-pissa", "diffusers", "kohya"]),
     default="peft",
     show_default=True,
-    help="peft, diffusers, kohya: a LoRA of the original model, in the layout of these. peft-trainable: scales or cores that "
-    "PEFT (0.20 on) trains beside the original model. peft-pissa: a LoRA that is trained on FACTORIZED as its model.",
+    help="peft, diffusers, kohya: a LoRA of the original model, in this layout. peft-trainable: scales or cores that PEFT "
+    "(0.20 or newer) trains beside the original model. peft-pissa: a LoRA that is trained on FACTORIZED as its model.",
 )
 @click.option(
     "--train",
@@ -44,7 +44,7 @@ from surgery.progress import phase
 @click.option(
     "--base-model",
     metavar="MODEL",
-    help="What the adapter names as its model, such as a hub id.  [default: the hub's id, if it came from there]",
+    help="The model that the adapter's config names, such as a hub id.  [default: the hub id, if the model is from the hub]",
 )
 @click.option("-o", "--out", default="adapter", show_default=True, type=PATH, help="Folder to write.")
 @push_options
@@ -55,12 +55,12 @@ from surgery.progress import phase
 def export(factorized: Path, scales: Path | None, to: str, out: Path, as_json: bool, quiet: bool, **chosen: Any) -> None:
     """Write the scales or cores in file SCALES as an adapter for tools that do not know them.
 
-    By default as a LoRA adapter of the original model of folder FACTORIZED. PEFT loads it, and merges it to what fold
-    writes; all modules have one rank, so that vLLM takes it as well. What an adapter cannot say, or its loaders are known to
-    load wrongly, is refused: fold instead.
+    By default this is a LoRA adapter of the original model of folder FACTORIZED. PEFT loads it, and merging with PEFT gives
+    what fold writes. All modules have one rank, so that vLLM takes it as well. export refuses what an adapter cannot express,
+    and what loaders are known to load wrongly; use fold instead.
 
-    With peft-trainable or peft-pissa it is an adapter that any trainer with PEFT goes on with; SCALES may be left out. What was
-    trained is taken by fold, export and merge.
+    With --to peft-trainable or peft-pissa, any trainer that uses PEFT can train the adapter further. SCALES may then be left
+    out. fold, export and merge take the trained adapter.
     """
     bar = Bar(quiet=quiet)
     with phase(bar, "starting"):

@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 # Modules that import torch are imported inside the commands: --help must not wait for them.
 
 _WORDS = {
-    "include": "Take exactly the weights whose names match, also embeddings and heads (repeatable).",
+    "include": "Take the weights whose names match, and no others; embeddings and heads too (repeatable).",
     "seed": "Seed of the approximation's random start.",
-    "tolerance": "Residual over the largest singular value at which a direction has converged.",
+    "tolerance": "A direction has converged when its residual, divided by the largest singular value, is at most this.",
 }
 
 
@@ -67,11 +67,15 @@ def _rank(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
     "--rank",
     callback=_rank,
     metavar="K|auto",
-    help="Rank of each weight's pair; auto: the directions above the noise of rounding.  [default: 16]",
+    help="Rank for each weight; auto: all directions above the noise of rounding.  [default: 16]",
 )
-@click.option("--energy", type=float, metavar="X", help="Hold this share of each change's squared norm (0 to 1) instead.")
-@click.option("--budget", type=int, metavar="N", help="Numbers for the whole adapter, shared out such that they hold the most.")
-@click.option("--max-rank", type=int, metavar="K", help="Where the rank is not given: the most of a weight.  [default: 256]")
+@click.option(
+    "--energy", type=float, metavar="X", help="Instead of a rank: keep this share (0 to 1) of each change's squared norm."
+)
+@click.option(
+    "--budget", type=int, metavar="N", help="How many numbers the whole adapter may have; ranks are chosen to keep the most."
+)
+@click.option("--max-rank", type=int, metavar="K", help="Without a fixed rank: the largest rank of a weight.  [default: 256]")
 @click.option(
     "--layout",
     type=click.Choice(["peft", "diffusers", "kohya"]),
@@ -84,13 +88,13 @@ def _rank(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
     type=click.Choice(["float32", "bfloat16", "float16"]),
     default="float32",
     show_default=True,
-    help="Of the adapter.",
+    help="Dtype of the adapter.",
 )
-@click.option("--uniform", is_flag=True, help="Pad all pairs with zeros to one rank, for engines that want that (SGLang, TGI).")
-@click.option("--full", multiple=True, metavar="GLOB", help="Hold tensors that match whole, if they have changed (repeatable).")
+@click.option("--uniform", is_flag=True, help="Pad all pairs with zeros to one rank, for engines that need it (SGLang, TGI).")
+@click.option("--full", multiple=True, metavar="GLOB", help="Save matching tensors whole, if they have changed (repeatable).")
 @fills_options("recipe", "include", "exclude", "seed", "tolerance", words=_WORDS)
 @revision_option
-@click.option("--tuned-revision", metavar="REV", help="The same of the fine-tuned model.")
+@click.option("--tuned-revision", metavar="REV", help="Branch, tag or commit of the fine-tuned model.")
 @subfolder_option
 @devices_option
 @memory_options
@@ -121,9 +125,9 @@ def extract(
 ) -> None:
     """Write the change from BASE to TUNED, its fine-tuned version, as a LoRA adapter: repo ids or local folders.
 
-    The change of each weight is approximated with the least error that its rank allows. Both models are streamed, in any dtype
-    and weight files. What else has changed, such as norms and embeddings, is told, and can be taken: --full, --include.
-    surgery merge BASE ADAPTER brings the fine-tuned model back, as near as the report says.
+    The change of each weight is approximated with the least error that its rank allows. Both models are streamed. Their dtypes
+    and weight files may differ. The report names what else has changed, such as norms and embeddings; --full and --include
+    take these as well. surgery merge BASE ADAPTER gives the fine-tuned model back, as closely as the report says.
     """
     bar = Bar(quiet=quiet)
     with phase(bar, "starting"):
@@ -219,7 +223,7 @@ def _plan_text(plan: ExtractPlan) -> str:
     ]
     rest = (
         f"{len(plan.targets)} weights, {len(plan.saved)} tensors whole if they have changed, {plan.compared} compared, "
-        f"{len(plan.gone)} gone, {len(plan.further)} new; reads {size(plan.bytes_read)}, writes at most "
+        f"{len(plan.gone)} only in BASE, {len(plan.further)} only in TUNED; reads {size(plan.bytes_read)}, writes at most "
         f"{size(plan.bytes_written)}"
         + (f", of which {size(plan.download_bytes)} have to be fetched" if plan.download_bytes else "")
         + f"; at most {size(plan.peak_memory_bytes)} of memory"

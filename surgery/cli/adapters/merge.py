@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 @click.argument("model", type=MODEL)
 @click.argument("adapters", type=MODEL, nargs=-1, required=True, metavar="ADAPTER...")
 @click.option("-o", "--out", default="merged", show_default=True, type=PATH, help="Folder to write.")
-@click.option("--weights", metavar="W,W...", help="What each adapter counts with in their sum, such as 0.7,0.3; by default 1.")
+@click.option("--weights", metavar="W,W...", help="Factor of each adapter in their sum, such as 0.7,0.3.  [default: 1 each]")
 @revision_option
 @subfolder_option
 @click.option(
@@ -83,11 +83,11 @@ def merge(
 ) -> None:
     """Merge one ADAPTER or several into MODEL, a Hugging Face repo id or a local folder, weight file by weight file.
 
-    Takes LoRA adapters as PEFT saves them, DoRA, rsLoRA, biases, embeddings, experts and saved modules among them, and the
-    layouts of diffusers and kohya for diffusion models. Every tensor of an adapter finds its place, or the command says which
-    does not. What no adapter changes keeps its bytes.
+    merge takes LoRA adapters as PEFT saves them, including DoRA, rsLoRA, biases, embeddings, experts and saved modules. For
+    diffusion models it also takes the layouts of diffusers and kohya. Each tensor of an adapter must have a place in the
+    model; else the command stops and names the tensor. Weights that no adapter changes keep their bytes.
 
-    A factorized folder in place of MODEL takes the adapter that was trained on it: surgery export --to peft-pissa.
+    MODEL may be a factorized folder, if ADAPTER was made by surgery export --to peft-pissa and then trained on that folder.
     """
     bar = Bar(quiet=quiet)
     with phase(bar, "starting"):
@@ -133,13 +133,13 @@ def _numbers(text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        raise OptionError("--weights are numbers with commas between", got=repr(text), expected="such as 0.7,0.3") from None
+        raise OptionError("--weights takes numbers separated by commas", got=repr(text), expected="such as 0.7,0.3") from None
 
 
 def _outcome(report: MergeReport) -> str:
     text = f"{len(report.tensors)} tensors changed" + kept_of_update(report.kept, report.kept_least)
     if report.restored:
-        text += f", {report.restored} of {report.shards} weight files as they were"
+        text += f", {report.restored} of {report.shards} weight files unchanged"
     return text + (", quantized weights now bfloat16" if report.dequantized else "")
 
 

@@ -26,10 +26,12 @@ if TYPE_CHECKING:
 @click.command(short_help="Give an adapter another rank, without a model.")
 @click.argument("adapter", type=MODEL)
 @click.option("-o", "--out", default="resized", show_default=True, type=PATH, help="Folder to write, or FILE.safetensors.")
-@click.option("--rank", type=int, metavar="K", help="Directions to keep of each module's update.")
-@click.option("--energy", type=float, metavar="X", help="Keep this share of each one's squared norm (0 to 1) instead.")
-@click.option("--max-rank", type=int, metavar="K", help="With --energy: the most directions.")
-@click.option("--uniform", is_flag=True, help="One rank for all modules, filled up with zeros.")
+@click.option("--rank", type=int, metavar="K", help="How many directions to keep of each module's update.")
+@click.option(
+    "--energy", type=float, metavar="X", help="Instead of a rank: keep this share (0 to 1) of each update's squared norm."
+)
+@click.option("--max-rank", type=int, metavar="K", help="With --energy: the largest rank of an update.")
+@click.option("--uniform", is_flag=True, help="One rank for all modules; pad smaller ones with zeros.")
 @click.option(
     "--dtype",
     type=click.Choice(["bfloat16", "float16", "float32"]),
@@ -43,8 +45,8 @@ if TYPE_CHECKING:
 def resize(adapter: str, out: Path, dry_run: bool, as_json: bool, quiet: bool, **chosen: Any) -> None:
     """Write ADAPTER, a LoRA adapter of PEFT, diffusers or kohya, with another rank, in its own layout.
 
-    The update of each module becomes the closest one of its new rank: by an SVD of B A, which needs no model. The table shows
-    the share of the squared norms that is kept, of modules whose names differ in numbers alone the least.
+    The update of each module becomes the closest one of its new rank, by an SVD of B A. This needs no model. The table shows
+    the share of the squared norm that is kept. Modules whose names differ only in numbers share a row, with the least of them.
     """
     bar = Bar(quiet=quiet)
     with phase(bar, "starting"):

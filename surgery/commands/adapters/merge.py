@@ -134,7 +134,7 @@ def plan_merge(
     """
     options = MergeOptions.of(adapters, weights, rounding, dtype, dequantize)
     if (Path(model) / MANIFEST_FILE).is_file():
-        raise OptionError(f"{model} is a factorized checkpoint, of whose merge no plan is made", hint="merge without a dry run")
+        raise OptionError(f"{model} is a factorized checkpoint, for which merge has no dry run", hint="merge without a dry run")
     by = LocalEngine(float64_device(str(device)), max_memory, max_device_memory)
     merging = Merging(open_source(model, revision=revision, subfolder=subfolder), options)
     with merging.checkpoint:
@@ -260,16 +260,16 @@ def _only_adapter(model: Path, options: MergeOptions, *, revision: str | None, s
         )
     (path, weight), *others = options.adapters
     if others or weight != 1:
-        raise OptionError(f"{model} is a factorized checkpoint, of which one adapter is a part", got="a sum of several")
+        raise OptionError(f"{model} is a factorized checkpoint, into which exactly one adapter is merged, with weight 1")
     if options.writing.dtype is not None or revision is not None or subfolder is not None:
         raise OptionError(
-            f"{model} is a factorized checkpoint, whose original is written as it was",
+            f"{model} is a factorized checkpoint, for which dtype, revision and subfolder cannot be chosen",
             hint="leave dtype, revision and subfolder out",
         )
     below = adapters_below(path) if adapter_kind(path) is None else []
     if adapter_kind(path) != "LORA":
         raise OptionError(
-            f"{model} is a factorized checkpoint, into which only a LoRA can be merged that was trained on its residual",
+            f"{model} is a factorized checkpoint: only a LoRA that was trained on its residual can be merged into it",
             got=str(path),
             hint=f"give the one that is meant of the adapters in it, such as {quoted(below[-1])}"
             if below

@@ -67,14 +67,14 @@ def entries_of(
                 f"{path}: {entry.name!r} has a dtype that scales cannot have",
                 got=entry.dtype,
                 expected="F32",
-                hint="what a training keeps for itself is passed over where the metadata lists it, as scales.save writes it"
+                hint="other tensors of a training are passed over if the metadata lists them, as scales.save does"
                 if kind in BESIDE
                 else None,
             )
     if not entries:
         raise ScalesError(f"{path} holds no scales")
     if others:
-        note(f"{path} holds what is no scale, and is not used: {few(sorted(others))}")
+        note(f"{path} holds tensors that are not scales, and are not used: {few(sorted(others))}")
     if half := sorted({entry.dtype for entry in entries} & {"BF16", "F16"}):
         note(
             f"{path} holds {' and '.join(half)} numbers: next to 1 they are spaced by "
@@ -138,7 +138,9 @@ def train_of(owner: Mapping[str, Any] | None, path: Path) -> Train | None:
     if said is None or said in TRAINS:
         return said
     raise ScalesError(
-        f"{path} holds what this version does not know", got=f"train {said!r}"[:80], expected=" or ".join(map(repr, TRAINS))
+        f"{path} holds something that this version does not know",
+        got=f"train {said!r}"[:80],
+        expected=" or ".join(map(repr, TRAINS)),
     )
 
 

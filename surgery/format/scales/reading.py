@@ -278,7 +278,7 @@ def _other_names(names: NameMap, where: str, targets: list[str]) -> ScalesError:
     if names.unknown:
         what = f"{where}: {names.unknown[0]!r} is no target of this checkpoint" + _and_more(names.unknown)
         if names.given:
-            hint += "; what is no scales belongs into another file"
+            hint += "; tensors that are not scales belong in another file"
     else:
         what = f"{where}: the scales of {names.missing[0]!r} are missing" + _and_more(names.missing)
     expected = f"{len(targets)}, one for each target, such as {(names.missing or targets)[0]!r}"

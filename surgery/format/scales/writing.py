@@ -47,7 +47,7 @@ def write_scales(
     for kind, values in beside.items():
         kept = {f"{key}.{kind}": value.detach().cpu() for key, value in values.items()}
         if taken := sorted(kept.keys() & tensors.keys()):
-            raise ScalesError(f"{path}: {taken[0]!r} is the name of scales, and of what is kept beside others")
+            raise ScalesError(f"{path}: {taken[0]!r} is the name of scales, and of other tensors that are saved with scales")
         tensors |= kept
     named = sorted(tensors.items(), key=lambda one: (one[1].dtype == torch.uint8, one[0]))  # numbers lie on multiples of 4
     entries = [

@@ -265,7 +265,9 @@ class _PeftFile:
     def _stored(self, entry: TensorEntry) -> StoredTensor:
         if entry.dtype not in ("F32", "F16", "BF16"):
             raise OptionError(
-                f"{self._folder}: {entry.name!r} is to be copied, and of no such dtype", got=entry.dtype, hint=_MERGE
+                f"{self._folder}: {entry.name!r} replaces a tensor of the model, and has a dtype that cannot be copied",
+                got=entry.dtype,
+                hint=_MERGE,
             )
         return StoredTensor.of(self._reader, self._folder / ADAPTER_WEIGHTS, entry)
 

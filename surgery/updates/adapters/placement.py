@@ -89,7 +89,7 @@ class _Placing:
         whole = content.copied or content.tokens
         if whole and self._weight != 1:
             raise OptionError(
-                f"{content.where}: an adapter with whole tensors or rows that replace others counts as it is, or not at all",
+                f"{content.where}: an adapter that replaces whole tensors or rows can only have the weight 1",
                 got=f"a weight of {self._weight:g} and {few([*content.copied, *content.tokens])}",
                 expected="a weight of 1",
             )
