@@ -6,7 +6,7 @@
     python benchmarks/tasks.py table                      # what there is of results, as the tables of docs/comparison.md
 
 ``run`` needs transformers, peft and, for SmolLM2, gguf; hours of two cores. Each finished run is a line in a file of
-results: stopped, the same command goes on. The order of methods is that of tasks_methods.py.
+results: stopped, the same command continues. The order of methods is that of tasks_methods.py.
 
 Each method is tuned: its learning rate is that of the grid 1, 3 times powers of ten whose neighbours are both worse, by the
 loss on the part of the data that is for tuning, with a seed of its own. Then it is trained with at least three more seeds,
@@ -36,7 +36,7 @@ import tasks_data
 import torch
 import transformers
 from tasks_methods import MINILM, SMOLLM2, Method, choose, prepare
-from tasks_models import TASKS, Classification
+from tasks_models import TASKS, Classification, Task
 
 import surgery
 
@@ -92,7 +92,7 @@ class Results:
         )
 
 
-def train(task: Any, method: Method, rate: float, seed: int, folder: Path) -> Done:
+def train(task: Task, method: Method, rate: float, seed: int, folder: Path) -> Done:
     torch.manual_seed(seed)
     model = task.load(folder)
     factors = folder / task.model(folder).name
@@ -144,7 +144,7 @@ def _share(step: int, steps: int) -> float:
 
 
 def _saved(
-    task: Any, model: Any, method: Method, saves: Any, factors: Path, folder: Path, temporary: Path
+    task: Task, model: Any, method: Method, saves: Any, factors: Path, folder: Path, temporary: Path
 ) -> tuple[int | None, dict[str, float | None] | None]:
     """The size of the file that holds what was trained, and what a fold of it is like."""
     if method.kind in ("lora", "pissa", "dora") and not method.scales:
@@ -201,7 +201,7 @@ def complete(task_name: str, method: Method, folder: Path, results: Path, seeds:
     return f"{task_name}: {method.name}, rate {RATES[at]:g}"
 
 
-def factorized(task: Any, methods: list[Method], folder: Path) -> None:
+def factorized(task: Task, methods: list[Method], folder: Path) -> None:
     """Factorize the task's model at the ranks that methods need, those that are not there yet."""
     model = task.model(folder)
     for rank in sorted({method.factorized for method in methods} - {0}):

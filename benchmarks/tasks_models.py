@@ -231,7 +231,8 @@ class _Backbone(nn.Module):
         self.backbone = backbone
 
 
-TASKS: dict[str, Classification | Continuation] = {
+Task = Classification | Continuation
+TASKS: dict[str, Task] = {
     task.name: task
     for task in (
         Classification("section", tasks_data.sections, tokens=24, batch=32, steps=60, most=1000),
