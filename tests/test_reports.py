@@ -147,7 +147,7 @@ def _documented(command: str) -> set[str]:
 
 
 #: Objects whose keys are names of tensors, numbers and kinds of threads.
-_OPEN = ("ranks.", "median_energy.", "profile.", "accounts[].")
+_OPEN = ("ranks.", "median_energy.", "profile.", "accounts[].", "changed_by_projection.", "changed_by_layer.")
 
 
 def test_every_command_prints_what_the_page_says_and_the_page_says_what_it_prints(at: Path, tmp_path: Path) -> None:

@@ -179,7 +179,7 @@ def test_demo_command_tells_what_changed(left: tuple[Path, DemoReport, Result]) 
     assert [line.split()[0] for line in lines[2:6]] == ["original", "factorized", "scales,", "folded"]
     assert "byte for byte" in " ".join(lines)
     for sentence in report.sentences:
-        assert f"({sentence.loss_before:.3f} -> {sentence.loss_folded:.3f}" in " ".join(lines)
+        assert f"{sentence.loss_before:.3f} -> {sentence.loss_folded:.3f} nats per byte:" in " ".join(lines)
     drawn = {line.rpartition("  ")[0].strip(): line.count("█") for line in lines if "█" in line}
     assert len(drawn) == 7 + 6
     longest = max(report.changed_by_projection, key=report.changed_by_projection.__getitem__)

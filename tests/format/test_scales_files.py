@@ -123,7 +123,7 @@ def test_names_that_carry_something_wherever_scales_are_read(
     assert ran.exit_code == 0
     assert ran.stderr.count("note: ") == 1
     assert "is taken for" in ran.stderr
-    with pytest.warns(SurgeryWarning, match=r"differ from those in .*plain\.safetensors, and .* is taken for"):
+    with pytest.warns(SurgeryWarning, match=r"differ from those in .*plain\.safetensors, but .* is taken for"):
         surgery.blend([plain, path], tmp_path / "mean")
     assert {name: value.tolist() for name, value in load_file(tmp_path / "mean").items()} == {
         name: value.tolist() for name, value in trained.items()

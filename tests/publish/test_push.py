@@ -33,7 +33,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
     # What is said of an upload, where a test does not listen.
     pytest.mark.filterwarnings(
-        "ignore:uploaded to |.* is already complete|the repository .* is there already:surgery.errors.SurgeryWarning"
+        "ignore:uploaded to |.* is already complete|the repository .* exists already:surgery.errors.SurgeryWarning"
     ),
 ]
 

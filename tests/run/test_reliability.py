@@ -601,7 +601,7 @@ def test_a_recipe_that_has_changed_is_another_run(llama: Path, tmp_path: Path) -
     surgery.factorize(llama, tmp_path / "f", recipe=recipe)
     for change, difference in ((text + 'axis = "columns"\n', "targets"), (text.replace("rank = 3", "rank = 4"), "ranks")):
         recipe.write_text(change)
-        with pytest.raises(OutputError, match=f"the {difference} are others"):
+        with pytest.raises(OutputError, match=f"the {difference} differ"):
             surgery.factorize(llama, tmp_path / "f", recipe=recipe)
 
 

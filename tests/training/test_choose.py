@@ -273,7 +273,7 @@ def test_values_outside_the_choice_are_not_loaded(made: Path, tmp_path: Path) ->
     scales, other = _trained(made, "scales", 2), _trained(made, "scales", 2, seed=2)
     other.save(tmp_path / "other.safetensors")
     before = scales.values()
-    with pytest.raises(ScalesError, match=r"(?s)other\.safetensors: directions of .* not among those chosen here.*attach anew"):
+    with pytest.raises(ScalesError, match=r"(?s)other\.safetensors: directions of .* not among those chosen.*attach again"):
         scales.load(tmp_path / "other.safetensors")
     assert all(torch.equal(value, before[key]) for key, value in scales.values().items())
     scales.load(made / "f/surgery/scales.safetensors")  # untouched everywhere

@@ -131,7 +131,7 @@ def test_configs(change: dict[str, Any], error: type[SurgeryError] | None, messa
         ({_HEAD: torch.ones(51, 32)}, "'lm_head' does not fit its weight"),
         (
             {_HEAD: torch.ones(50, 32, dtype=torch.int64)},
-            "lm_head.weight' is to be copied",
+            "lm_head.weight' replaces a tensor of the model, and has a dtype that cannot be copied",
         ),
         ({f"{_O}.base_layer.lora_A.weight": torch.ones(3, 32)}, "lacks a half"),
         (
