@@ -126,8 +126,8 @@ def extract(
     """Write the change from BASE to TUNED, its fine-tuned version, as a LoRA adapter: repo ids or local folders.
 
     The change of each weight is approximated with the least error that its rank allows. Both models are streamed. Their dtypes
-    and weight files may differ. The report names what else has changed, such as norms and embeddings; --full and --include
-    take these as well. surgery merge BASE ADAPTER gives the fine-tuned model back, as closely as the report says.
+    and weight files may differ. The report names what else has changed, such as norms and embeddings; --full saves
+    such tensors whole. surgery merge BASE ADAPTER gives the fine-tuned model back, as closely as the report says.
     """
     bar = Bar(quiet=quiet)
     with phase(bar, "starting"):
