@@ -72,7 +72,7 @@ def check_output_path(out: Path, inputs: Iterable[Path], *, overwrite: bool, but
         check_leads_somewhere(out)
         check_replaceable(out)
         if out.exists() and not overwrite:
-            raise OutputError(f"{out} is there already", hint="--overwrite replaces it; -o chooses another file")
+            raise OutputError(f"{out} is there already", hint="--overwrite replaces it; -o chooses another name")
         folder = next(path for path in out.absolute().parents if path.exists())
         if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
             what = "may not be written to" if folder.is_dir() else "is no folder"
