@@ -241,7 +241,7 @@ def test_the_printed_commands_work(left: tuple[Path, DemoReport, Result], tmp_pa
     assert Path(commands["the singular values before and after"]) == out / "report/index.html"
     assert Path(commands["what is kept, and more to try"]) == out / "README.md"
     assert (out / "report/index.html").is_file()
-    convert = shlex.split(commands["for llama-server, llama.cpp converts it"])
+    convert = shlex.split(commands["converted for llama-server"])
     assert convert[:3] == ["python", "llama.cpp/convert_hf_to_gguf.py", str(out / "folded")]
     assert shlex.split(commands["vLLM serves the folded model"]) == ["vllm", "serve", str(out / "folded")]
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "config.json"):

@@ -69,7 +69,7 @@ def _next_steps(out: Path | None) -> list[str]:
     commands = {
         "transformers writes with the folded model": f"python -c {quoted(write)}",
         "vLLM serves the folded model": f"vllm serve {quoted(folded)}",
-        "for llama-server, llama.cpp converts it": f"python llama.cpp/convert_hf_to_gguf.py {quoted(folded)} --outfile demo.gguf",
+        "converted for llama-server": f"python llama.cpp/convert_hf_to_gguf.py {quoted(folded)} --outfile demo.gguf",
         "the same as an adapter of the original": f"surgery export {factorized} {scales} --to peft -o {adapter}",
     }
     return [
