@@ -256,8 +256,10 @@ def _folds(runs: list[Done]) -> Iterator[str]:
         of_name = [(one, one.folded) for one in runs if one.method == name and one.folded]
         kept = [min(folded[key] or 0.0 for _, folded in of_name) for key in ("kept", "kept_least")]
         loss = max(abs((one.loss or 0.0) - (folded["loss"] or 0.0)) for one, folded in of_name)
-        accuracy = max(abs((one.accuracy or 0.0) - (folded["accuracy"] or 0.0)) for one, folded in of_name)
-        yield f"| {name} | {100 * kept[0]:.2f} %, {100 * kept[1]:.1f} % | {loss:.4f} | {100 * accuracy:.1f} % |"
+        pairs = [(one.accuracy, folded["accuracy"]) for one, folded in of_name]
+        off = [abs(attached - folded) for attached, folded in pairs if attached is not None and folded is not None]
+        accuracy = f"{100 * max(off):.1f} %" if off else ""
+        yield f"| {name} | {100 * kept[0]:.2f} %, {100 * kept[1]:.1f} % | {loss:.4f} | {accuracy} |"
 
 
 def _row(runs: list[Done], classes: bool, full: float | None) -> str:
