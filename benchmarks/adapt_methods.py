@@ -1,4 +1,4 @@
-"""The ways to train that benchmarks/adapt.py compares, and how the demo model is made ready for each."""
+"""The ways to train that benchmarks/adapt.py and tasks.py compare, and how the demo model is made ready for each."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", *MLP)
 EVERY = 128  # no matrix of the model has more directions
 CHOOSING = 8  # batches whose gradients choose the directions
 
-Kind = Literal["scales", "core", "orthogonal", "lora", "pissa", "dora", "vera", "psoft", "full"]
+Kind = Literal["none", "scales", "core", "orthogonal", "lora", "pissa", "dora", "vera", "psoft", "full"]
 
 
 def value_and(matrix: str, *layers: int) -> tuple[str, ...]:
@@ -142,7 +142,7 @@ def prepare(run: Run, text: torch.Tensor) -> tuple[Any, list[torch.nn.Parameter]
     method, factorized = run.method, run.folder / str(run.method.factorized)
     model = load(MODEL)
     if method.kind in ("lora", "pissa", "dora", "vera", "psoft"):
-        model = with_adapter(model, run)
+        model = with_adapter(model, method, list(run.modules), run.seed)
     elif method.kind != "full":
         if method.directions != "top":
             return model, add_control(model, factorized, method.directions, method.kind, run.seed)
@@ -156,13 +156,14 @@ def prepare(run: Run, text: torch.Tensor) -> tuple[Any, list[torch.nn.Parameter]
     return model, [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def with_adapter(model: Any, run: Run) -> Any:
+def with_adapter(model: Any, method: Method, modules: list[str] | str, seed: int) -> Any:
+    """A model with PEFT's adapter of a method; ``modules`` as PEFT takes them."""
     import peft
 
-    method, modules, rank = run.method, list(run.modules), run.method.rank
+    rank = method.rank
     # With the learning rate tuned, alpha is but another name for it.
     if method.kind == "vera":
-        config: peft.PeftConfig = peft.VeraConfig(r=rank, target_modules=modules, projection_prng_key=run.seed)
+        config: peft.PeftConfig = peft.VeraConfig(r=rank, target_modules=modules, projection_prng_key=seed)
     elif method.kind == "psoft":
         config = peft.PsoftConfig(r=rank, psoft_alpha=rank, target_modules=modules)
     else:

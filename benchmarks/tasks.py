@@ -19,6 +19,7 @@ is, so that nothing but the numbers of the method is trained.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -35,7 +36,8 @@ from typing import Any
 import tasks_data
 import torch
 import transformers
-from tasks_methods import MINILM, SMOLLM2, Method, choose, prepare
+from adapt_methods import CHOOSING, Method
+from tasks_methods import MINILM, SMOLLM2, prepare
 from tasks_models import TASKS, Classification, Task
 
 import surgery
@@ -95,10 +97,12 @@ class Results:
 def train(task: Task, method: Method, rate: float, seed: int, folder: Path) -> Done:
     torch.manual_seed(seed)
     model = task.load(folder)
-    factors = folder / task.model(folder).name
-    trained, saves = prepare(model, method, task.linears, factors.with_suffix(".factorized"), seed)
+    factors = factorized_folder(task, folder) / str(method.factorized)
+    trained, saves = prepare(model, method, task.linears, factors, seed)
     if method.keep:
-        choose(model, saves, method, list(task.batches(folder, seed)))
+        for loss in itertools.islice(task.batches(folder, seed), CHOOSING):
+            loss(model).backward()
+        saves.choose(keep=method.keep)
         trained = list(saves.parameters())
     seconds = 0.0
     if trained:
@@ -153,12 +157,12 @@ def _saved(
     if method.kind == "full":
         model.backbone.save_pretrained(temporary)
         return sum(file.stat().st_size for file in temporary.glob("*.safetensors")), None
-    if not method.folds:
+    if method.kind not in ("scales", "core") or method.directions != "top":  # not trained by attach alone
         return None, None
     file, out = temporary / "scales.safetensors", temporary / "folded"
     saves.save(file)
     clock = time.perf_counter()
-    report = surgery.fold(factors.with_suffix(".factorized") / str(method.factorized), file, out, rounding="directions")
+    report = surgery.fold(factors, file, out, rounding="directions")
     seconds = time.perf_counter() - clock
     scores = task.measure(task.load(folder, out), folder, "report")
     return file.stat().st_size, {
@@ -201,11 +205,16 @@ def complete(task_name: str, method: Method, folder: Path, results: Path, seeds:
     return f"{task_name}: {method.name}, rate {RATES[at]:g}"
 
 
-def factorized(task: Task, methods: list[Method], folder: Path) -> None:
+def factorized_folder(task: Task, folder: Path) -> Path:
+    """Where the task's model lies, factorized at each rank."""
+    return task.model(folder).with_suffix(".factorized")
+
+
+def factorize(task: Task, methods: list[Method], folder: Path) -> None:
     """Factorize the task's model at the ranks that methods need, those that are not there yet."""
     model = task.model(folder)
     for rank in sorted({method.factorized for method in methods} - {0}):
-        out = (folder / model.name).with_suffix(".factorized") / str(rank)
+        out = factorized_folder(task, folder) / str(rank)
         if not (out / "surgery/manifest.json").exists():
             clock = time.perf_counter()
             surgery.factorize(model, out, rank=rank)
@@ -220,7 +229,7 @@ def run_all(args: argparse.Namespace) -> None:
     for name in args.tasks:
         methods = MINILM if isinstance(TASKS[name], Classification) else SMOLLM2
         chosen = [method for method in methods if any(part in method.name for part in args.methods)]
-        factorized(TASKS[name], chosen, args.data)
+        factorize(TASKS[name], chosen, args.data)
         TASKS[name].load(args.data)  # makes what all runs read
         work += [(name, method) for method in chosen]
     context = multiprocessing.get_context("spawn")

@@ -2,55 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from adapt_directions import add_control
+from adapt_methods import Method, with_adapter
 
 import surgery
-
-CHOOSING = 8  # batches whose gradients choose the directions
-
-Kind = Literal["none", "scales", "core", "lora", "pissa", "dora", "full"]
-
-
-@dataclass(frozen=True, slots=True)
-class Method:
-    """A way to train.
-
-    Attributes:
-        name: in the table.
-        kind: of what is trained.
-        rank: of its factors.
-        rate: that the search for the learning rate starts at.
-        directions: top of the kept ones, or a control.
-        keep: how many directions the task chooses of ``rank``; 0 without a choice.
-        modules: what an adapter is put on, as PEFT takes it; empty for all linear layers of the blocks.
-        scales: how many scales of each target are trained beside it.
-    """
-
-    name: str
-    kind: Kind
-    rank: int = 0
-    rate: float = 1e-2
-    directions: str = "top"
-    keep: int = 0
-    modules: tuple[str, ...] = ()
-    scales: int = 0
-
-    @property
-    def factorized(self) -> int:
-        """The rank that it needs the model factorized at; 0 if it does not."""
-        return self.rank if self.kind in ("scales", "core") else self.scales
-
-    @property
-    def folds(self) -> bool:
-        """Whether it is trained by ``surgery.attach`` alone, so that ``fold`` takes it."""
-        return self.kind in ("scales", "core") and self.directions == "top"
 
 
 def _methods(all_of: int, equal: tuple[Method, ...], scales: float, core: float) -> tuple[Method, ...]:
@@ -84,18 +43,19 @@ _VALUE = "encoder.layer.{}.attention.self.value"
 MINILM = _methods(
     384,
     (
-        Method("LoRA, 2304 numbers", "lora", 1, 3e-2, modules=tuple(_VALUE.format(i) for i in (3, 4, 5))),
-        Method("LoRA, 768 numbers", "lora", 1, 3e-2, modules=(_VALUE.format(5),)),
+        Method("LoRA, 2304 numbers", "lora", 1, 3e-2, placements=(tuple(_VALUE.format(i) for i in (3, 4, 5)),)),
+        Method("LoRA, 768 numbers", "lora", 1, 3e-2, placements=((_VALUE.format(5),),)),
     ),
     scales=1e-1,
     core=3e-2,
 )
+_VALUES = tuple(f"layers.{i}.self_attn.v_proj" for i in range(13, 30))
 #: Of SmolLM2's 210 matrices a core of 8 is 13440 numbers. LoRA of rank 1 has 768 for one ``v_proj``.
 SMOLLM2 = tuple(
     method
     for method in _methods(
         128,
-        (Method("LoRA, 13056 numbers", "lora", 1, 1e-2, modules=tuple(f"layers.{i}.self_attn.v_proj" for i in range(13, 30))),),
+        (Method("LoRA, 13056 numbers", "lora", 1, 1e-2, placements=(_VALUES,)),),
         scales=3e-2,
         core=1e-2,
     )
@@ -103,18 +63,18 @@ SMOLLM2 = tuple(
 )
 
 
-def prepare(model: Any, method: Method, linears: str, folder: Path, seed: int) -> tuple[list[torch.nn.Parameter], Any]:
+def prepare(model: Any, method: Method, linears: str, factorized: Path, seed: int) -> tuple[list[torch.nn.Parameter], Any]:
     """What of a model is trained, and the ``Scales`` or the PEFT model that saves it.
 
     Args:
         model: a module with the model itself as its ``backbone``, which is changed.
         linears: the linear layers of blocks, as an expression.
-        folder: that holds the model factorized at each rank.
+        factorized: the model at the rank of the method.
         seed: of directions that are random.
     """
-    backbone, saves, factorized = model.backbone, None, folder / str(method.factorized)
+    backbone, saves = model.backbone, None
     if method.kind in ("lora", "pissa", "dora"):
-        saves = model.backbone = _with_adapter(backbone, method, linears)
+        saves = model.backbone = with_adapter(backbone, method, list(method.placements[0]) or linears, seed)
         if method.scales:
             surgery.attach(backbone, factorized)
     elif method.kind == "full":
@@ -126,27 +86,3 @@ def prepare(model: Any, method: Method, linears: str, folder: Path, seed: int) -
     else:
         return add_control(backbone, factorized, method.directions, method.kind, seed), None
     return [parameter for parameter in model.backbone.parameters() if parameter.requires_grad], saves
-
-
-def choose(model: Any, scales: Any, method: Method, batches: list[Callable[[Any], torch.Tensor]]) -> None:
-    """Let the gradients of some batches choose directions."""
-    for loss in batches[:CHOOSING]:
-        loss(model).backward()
-    scales.choose(keep=method.keep)
-    model.zero_grad()
-
-
-def _with_adapter(backbone: Any, method: Method, linears: str) -> Any:
-    import peft
-
-    # With the learning rate tuned, alpha is but another name for it.
-    config = peft.LoraConfig(
-        r=method.rank,
-        lora_alpha=method.rank,
-        target_modules=list(method.modules) or linears,
-        init_lora_weights="pissa" if method.kind == "pissa" else True,
-        use_dora=method.kind == "dora",
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # peft calls what transformers is about to rename
-        return peft.get_peft_model(backbone, config)

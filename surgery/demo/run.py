@@ -95,7 +95,7 @@ def run_demo(
     Args:
         out: folder that keeps the results: ``original/``, ``factorized/``, ``scales.safetensors``, ``folded/``, the report of
             ``spectra`` on both models in ``report/``, and a ``README.md`` that says what to do with them. None keeps nothing.
-            After a demo that was stopped, the same call goes on.
+            After a demo that was stopped, the same call continues.
         rank: directions per target.
         steps: optimizer steps.
         device: where the linear algebra of factorize and fold runs; training is on the CPU.

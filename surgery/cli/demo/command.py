@@ -61,11 +61,13 @@ def _next_steps(out: Path | None) -> list[str]:
     """What one does with the folder that the demo left, each in one line with its command last."""
     if out is None:
         return [f"to keep the models and a report of their spectra, and to serve the result: {whole('surgery demo -o demo')}"]
-    folded, report = out / "folded", out / "report"
+    from surgery.demo.folder import FACTORIZED, FOLDED, README, REPORT, SCALES
+
+    folded, report = out / FOLDED, out / REPORT
     page = next(path for path in (report / SPECTRA_PAGE, report / SPECTRA_FILE) if path.exists())
     name = json.dumps(str(folded), ensure_ascii=False)  # in double quotes, as the shell has the single ones
     write = f'from transformers import pipeline as p; print(p("text-generation", {name})("A list", max_new_tokens=80))'
-    factorized, scales, adapter = (quoted(out / one) for one in ("factorized", "scales.safetensors", "adapter"))
+    factorized, scales, adapter = (quoted(out / one) for one in (FACTORIZED, SCALES, "adapter"))
     commands = {
         "transformers writes with the folded model": f"python -c {quoted(write)}",
         "vLLM serves the folded model": f"vllm serve {quoted(folded)}",
@@ -75,5 +77,5 @@ def _next_steps(out: Path | None) -> list[str]:
     return [
         f"the singular values before and after: {whole(page)}",
         *(f"{what}: {whole(command)}" for what, command in commands.items()),
-        f"what is kept, and more to try: {whole(out / 'README.md')}",
+        f"what is kept, and more to try: {whole(out / README)}",
     ]
