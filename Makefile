@@ -27,6 +27,7 @@ check: $(VENV)/check.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	cd benchmarks && $(abspath $(BIN))/mypy --config-file ../pyproject.toml *.py
 	rm -rf dist
 	$(BIN)/python -m build --wheel --outdir dist . > /dev/null
 	$(BIN)/python tools/check_wheel.py dist/*.whl

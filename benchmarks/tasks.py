@@ -52,6 +52,7 @@ class Done:
     """One run, as a line of results.
 
     Attributes:
+        data: the beginning of the sha256 of the texts: an index of packages is that of its day. None where it was not noted.
         trainable: numbers.
         tuned: loss on the part for tuning.
         loss, accuracy: on the part for reporting; None for a run that tunes.
@@ -62,6 +63,7 @@ class Done:
     """
 
     task: str
+    data: str | None
     method: str
     rate: float
     seed: int
@@ -88,10 +90,9 @@ class Results:
     def read(self) -> list[Done]:
         return [Done(**json.loads(line)) for line in self.path.read_text().splitlines()] if self.path.exists() else []
 
-    def find(self, task: str, method: str, rate: float, seed: int) -> Done | None:
-        return next(
-            (one for one in self.read() if (one.task, one.method, one.rate, one.seed) == (task, method, rate, seed)), None
-        )
+    def find(self, task: str, data: str, method: str, rate: float, seed: int) -> Done | None:
+        wanted = (task, data, method, rate, seed)
+        return next((one for one in self.read() if (one.task, one.data, one.method, one.rate, one.seed) == wanted), None)
 
 
 def train(task: Task, method: Method, rate: float, seed: int, folder: Path) -> Done:
@@ -118,6 +119,7 @@ def train(task: Task, method: Method, rate: float, seed: int, folder: Path) -> D
     tuned = task.measure(model, folder, "tune").loss
     done = Done(
         task=task.name,
+        data=task.digest(folder),
         method=method.name,
         rate=rate,
         seed=seed,
@@ -180,9 +182,10 @@ def complete(task_name: str, method: Method, folder: Path, results: Path, seeds:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     task, kept = TASKS[task_name], Results(results)
+    data = task.digest(folder)
 
     def run(rate: float, seed: int) -> Done:
-        done = kept.find(task_name, method.name, rate, seed)
+        done = kept.find(task_name, data, method.name, rate, seed)
         if done is None:
             done = train(task, method, rate, seed, folder)
             kept.add(done)
@@ -191,7 +194,7 @@ def complete(task_name: str, method: Method, folder: Path, results: Path, seeds:
     if method.kind == "none":
         run(0.0, 1)
         return f"{task_name}: none"
-    at = min(range(len(RATES)), key=lambda i: abs(math.log(RATES[i] / method.rate)))
+    at = min(range(len(RATES)), key=lambda i: abs(math.log(RATES[i] / method.first_rate)))
     tried: dict[int, float] = {at: run(RATES[at], TUNING_SEED).tuned}
     while True:
         beside = [i for i in (at - 1, at + 1) if i not in tried]

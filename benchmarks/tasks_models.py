@@ -6,6 +6,7 @@ from Q4_1). Both are stored in bfloat16, as the checkpoint that surgery takes ap
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 
 import tasks_data
 import torch
-from tasks_data import Labelled, Part
+from tasks_data import SHARES, Labelled, Part
 from torch import nn
 
 #: Tokens of a text of the forgetting measure; pairs of it that are told apart at a time.
@@ -109,6 +110,10 @@ class Classification:
     def data(self, folder: Path) -> dict[Part, Labelled]:
         return _labelled(self.texts, folder)
 
+    def digest(self, folder: Path) -> str:
+        """The beginning of the sha256 of the texts and their classes."""
+        return _digest([(part, found.texts, found.labels) for part, found in self.data(folder).items()])
+
     def _ids(self, folder: Path, part: Part) -> list[torch.Tensor]:
         return _tokens(self.model(folder), tuple(self.data(folder)[part].texts), self.tokens)
 
@@ -199,6 +204,10 @@ class Continuation:
         model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint or self.model(folder), dtype=torch.float32)
         return _Backbone(model.eval())
 
+    def digest(self, folder: Path) -> str:
+        """The beginning of the sha256 of the tokens."""
+        return _digest([(part, self._stream(folder, part).tolist()) for part in SHARES])
+
     def _stream(self, folder: Path, part: Part) -> torch.Tensor:
         return _records(self.model(folder), folder, part)
 
@@ -252,6 +261,10 @@ def _labelled(texts: Callable[[Path], dict[Part, Labelled]], folder: Path) -> di
 def _records(model: Path, folder: Path, part: Part) -> torch.Tensor:
     length = 3_000_000 if part == "train" else 300_000
     return _long(model, tasks_data.records(folder)[part][:length])
+
+
+def _digest(texts: object) -> str:
+    return hashlib.sha256(repr(texts).encode()).hexdigest()[:12]
 
 
 def _save(model: Any, tokenizer: Any, made: Path) -> None:
