@@ -23,11 +23,16 @@ test-oldest: $(VENV)-oldest/test.done $(VENV)-axolotl/test.done
 	$(VENV)-oldest/bin/python -m pytest -n 2 --dist worksteal $(OLDER_TESTS)
 	$(VENV)-axolotl/bin/python -m pytest -n 2 --dist worksteal $(OLDER_TESTS)
 
+# Of the benchmarks: names that are not there, and calls that do not fit.
+NAMES_ONLY := --config-file= --check-untyped-defs --ignore-missing-imports --follow-imports=silent \
+	--disable-error-code=arg-type --disable-error-code=assignment --disable-error-code=call-overload \
+	--disable-error-code=index --disable-error-code=misc --disable-error-code=var-annotated
+
 check: $(VENV)/check.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	cd benchmarks && $(abspath $(BIN))/mypy --config-file ../pyproject.toml *.py
+	cd benchmarks && $(abspath $(BIN))/mypy $(NAMES_ONLY) *.py
 	rm -rf dist
 	$(BIN)/python -m build --wheel --outdir dist . > /dev/null
 	$(BIN)/python tools/check_wheel.py dist/*.whl

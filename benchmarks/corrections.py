@@ -122,7 +122,8 @@ class Samples:
         low_rank = Prediction(factors, weight.dtype).worker(len(weight))(slice(0, len(weight)))
         guess = bits_of((parts.residual.to(low_rank.dtype) + low_rank).to(weight.dtype)).numpy()
         exact = bits_of(weight).numpy()
-        reader = CorrectionReader(bytes_of(parts.correction), *weight.shape, weight.itemsize)
+        m, n = weight.shape
+        reader = CorrectionReader(bytes_of(parts.correction), m, n, weight.itemsize)
         for i, rows in enumerate(row_slices(len(weight), rows_at_a_time(weight.shape[1]))):
             start = time.thread_time()
             block = CorrectionBlock.of(exact[rows].ravel(), guess[rows].ravel())

@@ -64,7 +64,8 @@ def save_fp8(model: Path, folder: Path) -> Path:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = transformers.AutoConfig.from_pretrained(folder).to_dict()
     described = {"quant_method": "fp8", "weight_block_size": list(BLOCK), "activation_scheme": "dynamic"}
-    (folder / "config.json").write_text(transformers.BertConfig(**config, quantization_config=described).to_json_string())
+    config = transformers.BertConfig(**config, quantization_config=described)  # type: ignore[call-arg]
+    (folder / "config.json").write_text(config.to_json_string())
     return folder
 
 

@@ -9,7 +9,8 @@
 results: stopped, the same command continues. The order of methods is that of tasks_methods.py.
 
 Each method is tuned: its learning rate is that of the grid 1, 3 times powers of ten whose neighbours are both worse, by the
-loss on the part of the data that is for tuning, with a seed of its own. Then it is trained with at least three more seeds,
+loss on the part of the data that is for tuning, with a seed of its own. A LoRA of few numbers chooses its modules in the same
+way, at the first rate. Then it is trained with at least three more seeds,
 which set the order of the data, the same for all methods, an adapter's start, and directions where they are random; these are
 measured on the part for reporting. Adam, the rate rising over a tenth of the steps and then falling as a cosine, float32, no
 dropout. The encoder's classifier is logistic regression on the embeddings of the untouched model (``none``). It stays as it
@@ -31,7 +32,7 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tasks_data
 import torch
@@ -47,6 +48,14 @@ TUNING_SEED = 0  # the reported seeds start at 1
 HERE = Path(__file__).parent
 
 
+class Run(NamedTuple):
+    """Of a method on a task: the set of modules, the learning rate, and what seeds it."""
+
+    placement: int
+    rate: float
+    seed: int
+
+
 @dataclass(frozen=True, slots=True)
 class Done:
     """One run, as a line of results.
@@ -60,6 +69,7 @@ class Done:
         seconds: of the processor, for all steps.
         saved_bytes: of the file of what was trained.
         folded: what the fold in bfloat16 keeps, and the scores of the folded model; None where nothing is folded.
+        placement: which of the sets of modules that the method may choose from.
     """
 
     task: str
@@ -75,6 +85,11 @@ class Done:
     seconds: float
     saved_bytes: int | None
     folded: dict[str, float | None] | None
+    placement: int = 0
+
+    @property
+    def run(self) -> Run:
+        return Run(self.placement, self.rate, self.seed)
 
 
 class Results:
@@ -90,16 +105,17 @@ class Results:
     def read(self) -> list[Done]:
         return [Done(**json.loads(line)) for line in self.path.read_text().splitlines()] if self.path.exists() else []
 
-    def find(self, task: str, data: str, method: str, rate: float, seed: int) -> Done | None:
-        wanted = (task, data, method, rate, seed)
-        return next((one for one in self.read() if (one.task, one.data, one.method, one.rate, one.seed) == wanted), None)
+    def find(self, task: str, data: str, method: str, run: Run) -> Done | None:
+        wanted = (task, data, method, run)
+        return next((one for one in self.read() if (one.task, one.data, one.method, one.run) == wanted), None)
 
 
-def train(task: Task, method: Method, rate: float, seed: int, folder: Path) -> Done:
+def train(task: Task, method: Method, run: Run, folder: Path) -> Done:
+    rate, seed = run.rate, run.seed
     torch.manual_seed(seed)
     model = task.load(folder)
     factors = factorized_folder(task, folder) / str(method.factorized)
-    trained, saves = prepare(model, method, task.linears, factors, seed)
+    trained, saves = prepare(model, method, method.placements[run.placement] or task.linears, factors, seed)
     if method.keep:
         for loss in itertools.islice(task.batches(folder, seed), CHOOSING):
             loss(model).backward()
@@ -131,6 +147,7 @@ def train(task: Task, method: Method, rate: float, seed: int, folder: Path) -> D
         seconds=round(seconds, 2),
         saved_bytes=None,
         folded=None,
+        placement=run.placement,
     )
     if seed == TUNING_SEED:
         return done
@@ -184,27 +201,26 @@ def complete(task_name: str, method: Method, folder: Path, results: Path, seeds:
     task, kept = TASKS[task_name], Results(results)
     data = task.digest(folder)
 
-    def run(rate: float, seed: int) -> Done:
-        done = kept.find(task_name, data, method.name, rate, seed)
+    def run(placement: int, rate: float, seed: int) -> float:
+        done = kept.find(task_name, data, method.name, Run(placement, rate, seed))
         if done is None:
-            done = train(task, method, rate, seed, folder)
+            done = train(task, method, Run(placement, rate, seed), folder)
             kept.add(done)
-        return done
+        return done.tuned
 
     if method.kind == "none":
-        run(0.0, 1)
+        run(0, 0.0, 1)
         return f"{task_name}: none"
     at = min(range(len(RATES)), key=lambda i: abs(math.log(RATES[i] / method.first_rate)))
-    tried: dict[int, float] = {at: run(RATES[at], TUNING_SEED).tuned}
-    while True:
-        beside = [i for i in (at - 1, at + 1) if i not in tried]
-        if not beside:
-            break
+    losses = [run(placement, RATES[at], TUNING_SEED) for placement in range(len(method.placements))]
+    placement = losses.index(min(losses))
+    tried: dict[int, float] = {at: losses[placement]}
+    while beside := [i for i in (at - 1, at + 1) if i not in tried]:
         for i in beside:
-            tried[i] = run(RATES[i], TUNING_SEED).tuned
+            tried[i] = run(placement, RATES[i], TUNING_SEED)
         at = min(tried, key=lambda i: tried[i])
     for seed in range(1, seeds + 1):
-        run(RATES[at], seed)
+        run(placement, RATES[at], seed)
     return f"{task_name}: {method.name}, rate {RATES[at]:g}"
 
 
@@ -245,7 +261,7 @@ def run_all(args: argparse.Namespace) -> None:
 def tables(results: list[Done]) -> Iterator[str]:
     """Markdown, a table for each task."""
     for name in TASKS:
-        of_task = [one for one in results if one.task == name and one.seed != TUNING_SEED]
+        of_task = list(_reported([one for one in results if one.task == name]))
         if not of_task:
             continue
         full = [one.seconds for one in of_task if one.method == "full fine-tuning"]
@@ -257,6 +273,16 @@ def tables(results: list[Done]) -> Iterator[str]:
         for method in sorted({one.method for one in of_task}, key=methods.index):
             yield _row([one for one in of_task if one.method == method], classes, statistics.median(full) if full else None)
         yield from _folds([one for one in of_task if one.folded])
+
+
+def _reported(runs: list[Done]) -> Iterator[Done]:
+    """The runs that are reported: of each method those with the modules and the rate that it has been tuned to."""
+    for name in dict.fromkeys(one.method for one in runs):
+        tuned = {(one.placement, one.rate): one.tuned for one in runs if one.method == name and one.seed == TUNING_SEED}
+        reported = [one for one in runs if one.method == name and one.seed != TUNING_SEED]
+        if reported:
+            best = min((one.run[:2] for one in reported), key=lambda setting: tuned.get(setting, 0.0))
+            yield from (one for one in reported if one.run[:2] == best)
 
 
 def _folds(runs: list[Done]) -> Iterator[str]:

@@ -38,24 +38,60 @@ def _methods(all_of: int, equal: tuple[Method, ...], scales: float, core: float)
     )
 
 
-_VALUE = "encoder.layer.{}.attention.self.value"
+def _layers(name: str, *layers: int) -> tuple[str, ...]:
+    return tuple(f"encoder.layer.{i}.attention.{name}" for i in layers)
+
+
 #: Of MiniLM's 36 matrices scales of 16 are 576 numbers, a core of 8 2304. LoRA of rank 1 has 768 for one square matrix.
 MINILM = _methods(
     384,
     (
-        Method("LoRA, 2304 numbers", "lora", 1, 1e-2, placements=(tuple(_VALUE.format(i) for i in (3, 4, 5)),)),
-        Method("LoRA, 768 numbers", "lora", 1, 3e-2, placements=((_VALUE.format(5),),)),
+        Method(
+            "LoRA, 2304 numbers",
+            "lora",
+            1,
+            1e-2,
+            placements=(
+                _layers("self.value", 3, 4, 5),
+                _layers("self.value", 0, 1, 2),
+                _layers("self.value", 1, 3, 5),
+                _layers("output.dense", 3, 4, 5),
+                tuple(name for matrix in ("query", "key", "value") for name in _layers(f"self.{matrix}", 3)),
+            ),
+        ),
+        Method(
+            "LoRA, 768 numbers",
+            "lora",
+            1,
+            3e-2,
+            placements=(*(_layers("self.value", i) for i in (5, 3, 1)), *(_layers("output.dense", i) for i in (5, 3))),
+        ),
     ),
     scales=3e-2,
     core=1e-2,
 )
-_VALUES = tuple(f"layers.{i}.self_attn.v_proj" for i in range(13, 30))
-#: Of SmolLM2's 210 matrices a core of 8 is 13440 numbers. LoRA of rank 1 has 768 for one ``v_proj``.
+_VALUES = tuple(f"layers.{i}.self_attn.v_proj" for i in range(30))
+_QUERIES, _OUTPUTS = (tuple(f"layers.{i}.self_attn.{name}_proj" for i in range(30)) for name in "qo")
+#: Of SmolLM2's 210 matrices a core of 8 is 13440 numbers. LoRA of rank 1 has 768 for one ``v_proj``, 1152 for ``q_proj`` or
+#: ``o_proj``: 17 of the former, or 8 of the latter and 5 of the former, have 13056.
 SMOLLM2 = tuple(
     method
     for method in _methods(
         128,
-        (Method("LoRA, 13056 numbers", "lora", 1, 1e-2, placements=(_VALUES,)),),
+        (
+            Method(
+                "LoRA, 13056 numbers",
+                "lora",
+                1,
+                1e-2,
+                placements=(
+                    _VALUES[13:],
+                    _VALUES[:17],
+                    (*_OUTPUTS[22:], *_VALUES[25:]),
+                    (*_QUERIES[22:], *_VALUES[25:]),
+                ),
+            ),
+        ),
         scales=3e-2,
         core=1e-2,
     )
@@ -63,18 +99,20 @@ SMOLLM2 = tuple(
 )
 
 
-def prepare(model: Any, method: Method, linears: str, factorized: Path, seed: int) -> tuple[list[torch.nn.Parameter], Any]:
+def prepare(
+    model: Any, method: Method, linears: str | tuple[str, ...], factorized: Path, seed: int
+) -> tuple[list[torch.nn.Parameter], Any]:
     """What of a model is trained, and the ``Scales`` or the PEFT model that saves it.
 
     Args:
         model: a module with the model itself as its ``backbone``, which is changed.
-        linears: the linear layers of blocks, as an expression.
+        linears: that a LoRA is put on, as an expression or by name.
         factorized: the model at the rank of the method.
         seed: of directions that are random.
     """
     backbone, saves = model.backbone, None
     if method.kind in ("lora", "pissa", "dora"):
-        saves = model.backbone = with_adapter(backbone, method, list(method.placements[0]) or linears, seed)
+        saves = model.backbone = with_adapter(backbone, method, linears if isinstance(linears, str) else list(linears), seed)
         if method.scales:
             surgery.attach(backbone, factorized)
     elif method.kind == "full":
