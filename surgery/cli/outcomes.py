@@ -33,6 +33,12 @@ def share_text(share: float) -> str:
     return f"{100 * share:.1f} %".replace("100.0", "100")
 
 
+def size_text(size: float) -> str:
+    """A size relative to another, as a percentage of two digits; of more from 100 % on, without a power of ten."""
+    percent = 100 * size
+    return f"{percent:.2g} %" if percent < 99.5 else f"{percent:,.0f} %"
+
+
 def trainable_text(count: int, train: Train) -> str:
     """How many numbers there are to train, and in what."""
     return f"{count} trainable {'scales' if train == 'scales' else 'numbers in cores'}"
@@ -79,7 +85,7 @@ def span(values: Iterable[int]) -> str:
 def median_share(sizes: Sequence[float | None]) -> str:
     """The median of those that are known, as a percentage; a dash for none."""
     known = sorted(size for size in sizes if size is not None)
-    return f"{100 * known[len(known) // 2]:.2g} %" if known else "-"
+    return size_text(known[len(known) // 2]) if known else "-"
 
 
 def least_share(shares: Sequence[float | None]) -> str:

@@ -14,8 +14,10 @@ import torch
 
 from surgery.engine.resources import Resources
 from surgery.engine.sharing import share_out
-from surgery.errors import OptionError, few
+from surgery.errors import OptionError, SurgeryError
+from surgery.escapes import quoted
 from surgery.extraction.budget import ranks_of_budget
+from surgery.extraction.nothing import nothing_to_extract
 from surgery.extraction.records import ExtractedShard, balanced, saved_key
 from surgery.files.access import all_below
 from surgery.files.file_records import FileRecord
@@ -27,7 +29,7 @@ from surgery.names import ADAPTER_CONFIG, EXTRACTION_FILE, FACTORIZABLE_DTYPES, 
 from surgery.planning.extents import Extent
 from surgery.planning.memory import known_bytes, need_to_compare, need_to_extract
 from surgery.planning.plan import AliasSearch, Plan, make_plan
-from surgery.planning.targets import check_all_match, matches
+from surgery.planning.targets import Target, check_all_match, matches
 from surgery.progress import listening, phase
 from surgery.quantized.recognize import Quantization
 from surgery.quantized.unread import UnreadWeight
@@ -39,7 +41,7 @@ from surgery.source.protocol import Source
 from surgery.tuned.model import TunedModel
 from surgery.tuned.search import Original, find_tuned
 from surgery.updates.writing.adapter import AdapterToWrite
-from surgery.updates.writing.low_rank import AdapterForm, LowRankTensor
+from surgery.updates.writing.low_rank import AdapterForm, LowRankTensor, NotWritten
 from surgery.updates.writing.making import AdaptableModel
 from surgery.version import __version__
 from surgery.weights.model import ModelWeights
@@ -113,6 +115,7 @@ class Extraction:
     def __init__(
         self, source: Source, other: Source, options: ExtractOptions, resources: Resources, *, aliases: AliasSearch = "local"
     ) -> None:
+        self._resources = resources
         self.source = source
         self.other = other
         self.options = options
@@ -145,11 +148,48 @@ class Extraction:
         self.plan = plan
         asked = [name for name in optional if matches(name, options.full) and self.tuned.has(name)]
         # Whatever cannot be written is refused before any work.
-        adapter = self._adapter({target.tensor: target.rank for target in plan.targets}, self._checked(asked))
+        saved = self._checked(asked)
+        try:
+            adapter = self._adapter({target.tensor: target.rank for target in plan.targets}, saved)
+        except NotWritten as error:
+            if self._can_be_whole(error.alike, saved):
+                error.hint = f"save it whole, beside pairs of other weights: --full {quoted(error.alike)}; or {error.hint}"
+            raise
         held = set(adapter.copied.values())
         self.saved = self._checked([name for name in optional if name in held])
         self.plan = self._with_memory(plan, resources)
         self._file = adapter.file
+
+    def _can_be_whole(self, glob: str, saved: Sequence[str]) -> bool:
+        """Whether the adapter could hold the targets that a glob matches whole, beside those that it does already."""
+        wanted = [target.tensor for target in self.plan.targets if matches(target.tensor, [glob])]
+        rest = [_low_rank(target, target.rank) for target in self.plan.targets if target.tensor not in wanted]
+        try:
+            self._checked(wanted)
+            if self.options.form.layout != "peft" or not wanted:
+                return False
+            if rest:
+                self._model.adapter(rest, self.options.form, [*saved, *wanted])
+            else:
+                self._model.check_whole([*saved, *wanted])
+        except SurgeryError:
+            return False
+        return True
+
+    def _can_be_pairs(self, glob: str) -> bool:
+        """Whether ``--include`` of a glob, alone, would make pairs."""
+        options = replace(self.options.extent.options(self.options.chosen), include=(glob,), exclude=())
+        try:
+            plan = make_plan(self.source, options, "overlay", self._resources, aliases="local")
+            self._model.adapter([_low_rank(target, 1) for target in plan.targets], self.options.form)
+        except SurgeryError:
+            return False
+        return True
+
+    def is_resized(self, name: str) -> bool:
+        """Whether a tensor of the base has another shape in the tuned model."""
+        there = self.tuned.entry(name) if self.tuned.has(name) else None
+        return there is not None and there.shape != self._entries[name].shape
 
     def _checked(self, names: Sequence[str]) -> tuple[str, ...]:
         """Tensors that the adapter is to hold whole. Raises OptionError for one that cannot be held so."""
@@ -161,12 +201,12 @@ class Extraction:
                     hint="leave the other tensors of the module out of --full",
                 )
             there = self.tuned.entry(name)
-            if there is not None and there.shape != entry.shape:
+            if there is not None and self.is_resized(name):
                 raise OptionError(
                     f"{name!r} has another shape in the tuned model, and cannot be saved whole",
                     got=list(there.shape),
                     expected=list(entry.shape),
-                    hint="leave it out of --full: the report tells how much of it has changed",
+                    hint="leave it out of --full: what has another shape is in no adapter",
                 )
             if entry.dtype not in FACTORIZABLE_DTYPES and name not in self.weights.quantized:
                 raise OptionError(f"{name!r} is no tensor of floating-point numbers", got=entry.dtype)
@@ -265,7 +305,8 @@ class Extraction:
         changed = {one.tensor for result in results for one in result.others if one.fate == "changed"}
         saved = [name for name in self.saved if name in changed]
         if not any(ranks.values()):
-            raise _nothing(results, bool(saved))
+            apart = (*self.options.chosen.exclude, *self.options.full)
+            raise nothing_to_extract(results, self.further(), apart, self._can_be_pairs)
         adapter = self._adapter(ranks, saved)
         # Of a module that is saved all tensors, also those that are as they were.
         copied = {
@@ -288,17 +329,7 @@ class Extraction:
         return adapter, records
 
     def _adapter(self, ranks: Mapping[str, int], saved: Sequence[str]) -> AdapterToWrite:
-        tensors = [
-            LowRankTensor(
-                target.tensor,
-                tuple(target.shape),
-                target.view.kind,
-                ranks[target.tensor],
-                tuple(alias.tensor for alias in target.aliases),
-            )
-            for target in self.plan.targets
-            if ranks[target.tensor]
-        ]
+        tensors = [_low_rank(target, ranks[target.tensor]) for target in self.plan.targets if ranks[target.tensor]]
         with phase(listening(), "finding modules"):
             return self._model.adapter(tensors, self.options.form, saved)
 
@@ -312,24 +343,9 @@ class Extraction:
         return tuple(name for name in self.tuned.found.further if name not in parts)
 
 
-def _nothing(results: Sequence[ExtractedShard], has_saved: bool) -> OptionError:
-    """The error where there is no pair, without which PEFT has no LoRA adapter; what else has changed is told."""
-    targets = [one for result in results for one in result.targets]
-    others = [one.tensor for result in results for one in result.others if one.fate in ("changed", "resized")]
-    got = f"{len(targets)} weights were compared"
-    if any(matrix.change for one in targets for matrix in one.matrices):
-        return OptionError("there is nothing to extract: no change stands above its noise", got=got, hint="--rank 8 takes some")
-    if not others:
-        hint = "extract from the fine-tuned model, as it was saved with all its digits"
-        return OptionError("there is nothing to extract: the two models have the same weights", got=got, hint=hint)
-    hint = "--include GLOB makes pairs of matrices"
-    if has_saved:
-        hint += ", at least one of which an adapter needs beside what --full holds"
-    return OptionError(
-        "there is nothing to extract: none of the weights that would become pairs has changed",
-        got=f"{got}; changed have {few(others)}",
-        hint=hint,
-    )
+def _low_rank(target: Target, rank: int) -> LowRankTensor:
+    aliases = tuple(alias.tensor for alias in target.aliases)
+    return LowRankTensor(target.tensor, tuple(target.shape), target.view.kind, rank, aliases)
 
 
 def _check_same(place: Path, files: Mapping[str, str], first: str, other: str) -> None:

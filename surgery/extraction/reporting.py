@@ -79,17 +79,36 @@ def tell_of(report: ExtractReport, tuned: str, results: Sequence[ExtractedShard]
         for matrix in one.matrices
     ]
     note_what_is_unlikely(tuned, norms)
+    tell_what_is_missing(report)
+    if stopped := [one.tensor for one in report.targets if one.rule == "passes"]:
+        listening().note(f"of {len(report.targets)} approximations these ended before they were good enough: {few(stopped)}")
+
+
+def tell_what_is_missing(report: ExtractReport) -> None:
+    """A note for each way in which a tensor differs between the models without being in the adapter."""
     note = listening().note
-    if left := [one for one in report.others if one.fate in ("changed", "resized")]:
+    if left := [one for one in report.others if one.fate == "changed"]:
         most = max(left, key=lambda one: one.change or 0.0)
-        change = "" if most.change is None else f", by {most.change:.2g} of its norm"
+        change = "" if most.change is None else f", by {_figure(most.change)} of its norm"
         many = f"{len(left)} tensors have changed and are not in the adapter, most of all {most.tensor}{change}"
         one = f"{most.tensor} has changed{change}, and is not in the adapter"
-        hint = "--full GLOB takes small ones whole, --include GLOB chooses the matrices that become pairs"
-        note(f"{many if len(left) > 1 else one}; {hint}")
+        hints = ["--full GLOB takes small ones whole"] if report.layout == "peft" else []
+        if any(len(each.shape) > 1 for each in left):
+            hints.append("--include GLOB chooses the matrices that become pairs")
+        note("; ".join([many if len(left) > 1 else one, *([", ".join(hints)] if hints else [])]))
+    if resized := [one for one in report.others if one.fate == "resized"]:
+        shapes = (f"{one.tensor}, {list(one.shape)} and there {list(one.tuned_shape or ())}" for one in resized)
+        note(
+            f"{len(resized)} tensor{'s have' if len(resized) > 1 else ' has'} another shape in the tuned model: "
+            f"{few(shapes, between='; ')}; nothing of that is in the adapter, neither the change of the common part nor "
+            "what is beyond it, and a merge leaves these tensors as they are"
+        )
     if gone := [one.tensor for one in report.others if one.fate == "gone"]:
-        note(f"not in the tuned model, of the tensors of the base: {few(gone)}")
+        note(f"not in the tuned model, of the tensors of the base: {few(gone)}; a merge leaves them as they are")
     if report.further:
-        note(f"not in the base, of the tensors of the tuned model: {few(report.further)}")
-    if stopped := [one.tensor for one in report.targets if one.rule == "passes"]:
-        note(f"of {len(report.targets)} approximations these ended before they were good enough: {few(stopped)}")
+        note(f"not in the base, of the tensors of the tuned model: {few(report.further)}; the adapter has nothing of them")
+
+
+def _figure(value: float) -> str:
+    """Two digits; of a large number all before the point."""
+    return f"{value:.2g}" if value < 99.5 else f"{value:,.0f}"

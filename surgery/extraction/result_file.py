@@ -15,7 +15,7 @@ from surgery.files.sealed import read_sealed, sealed
 from surgery.format.decoding import decode
 from surgery.names import EXTRACTION_FILE
 from surgery.run.contents import not_as_recorded
-from surgery.run.journal import differing
+from surgery.run.journal import differing_runs
 
 
 def write_result(place: Path, report: ExtractReport, identity: Mapping[str, Any]) -> None:
@@ -59,7 +59,7 @@ def complete_result(out: Path, earlier: dict[str, Any], identity: Mapping[str, A
     Raises:
         OutputError: it is that of another run, or has lost files since.
     """
-    if differences := differing(earlier.pop("run"), json.loads(json.dumps(identity))):
+    if differences := differing_runs(earlier.pop("run"), json.loads(json.dumps(identity))):
         raise OutputError(
             f"{out} holds the complete result of another run",
             got=few(differences, between="; "),

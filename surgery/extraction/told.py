@@ -136,6 +136,18 @@ class ExtractReport(Report):
         return len({one.rank for one in self.targets if one.rank}) > 1
 
 
+def ranks_in_words(report: ExtractReport, *, uniform: bool) -> str:
+    """The ranks of an adapter's pairs, as words after "modules".
+
+    Args:
+        report: of the extraction.
+        uniform: whether all pairs were to have one rank.
+    """
+    if not report.is_uneven:
+        return f"of rank {report.rank}"
+    return f"padded with zeros to rank {report.rank}" if uniform else f"of rank up to {report.rank}"
+
+
 @dataclass(slots=True)
 class Totals:
     """Sums of squared Frobenius norms.

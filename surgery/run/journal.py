@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,12 @@ from surgery.files.file_writer import write_file
 from surgery.files.json_files import MAX_OWN_JSON_BYTES, read_json_object
 from surgery.files.sealed import read_sealed, sealed
 from surgery.names import FILES_FILE, JOURNAL_DIR, PARTS_DIR, REPLACED_FILE, RUN_FILE
+
+#: The key of an identity under which the hash of all targets is.
+_TARGETS = "targets"
+#: In the path of a file's size and time.
+_FILES = ".files."
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 
 class Journal:
@@ -61,7 +68,7 @@ class Journal:
             return False
 
     def _differences(self) -> list[str]:
-        return differing(read_json_object(self._out / RUN_FILE, str(self._out / RUN_FILE)), self._identity)
+        return differing_runs(read_json_object(self._out / RUN_FILE, str(self._out / RUN_FILE)), self._identity)
 
     @staticmethod
     def files(out: Path) -> set[str]:
@@ -180,8 +187,20 @@ def _listed(path: Path) -> set[str]:
     return {name for name in listed if isinstance(name, str)} if isinstance(listed, list) else set()
 
 
+def differing_runs(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Where the identities of two runs differ, as ``differing`` tells it.
+
+    Other options or another model mostly mean other targets too. So that these differ is told only where nothing else does.
+    """
+    differences = differing(before, now)
+    return [line for line in differences if not line.startswith(f"{_TARGETS}: ")] or differences
+
+
 def differing(before: Any, now: Any, where: str = "") -> list[str]:
-    """Where two JSON values differ: a text for each place, with its path, the value before, and the one now."""
+    """Where two JSON values differ: a text for each place, with its path, the value before, and the one now.
+
+    Hashes, and the sizes and times of files, say nothing to a reader and are left out.
+    """
     if isinstance(before, dict) and isinstance(now, dict):
         return [
             line
@@ -190,4 +209,7 @@ def differing(before: Any, now: Any, where: str = "") -> list[str]:
         ]
     if before == now:
         return []
+    of_file = _FILES in where and isinstance(before, list) and isinstance(now, list)
+    if of_file or all(isinstance(value, str) and _SHA256.fullmatch(value) for value in (before, now)):
+        return [f"{where}: changed"]
     return [f"{where}: {json.dumps(before)[:80]} then, {json.dumps(now)[:80]} now"]

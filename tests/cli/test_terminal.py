@@ -24,6 +24,7 @@ import surgery
 from surgery.cli import bar as bars
 from surgery.cli.bar import Bar
 from surgery.cli.main import main
+from surgery.cli.outcomes import median_share
 from surgery.cli.tables import table
 from surgery.cli.text import cells, shorten, shown, whole, wrapped
 from surgery.progress import Silent, phase
@@ -496,3 +497,11 @@ def _completed(words: str) -> list[str]:
 )
 def test_a_shell_completes_commands_options_and_paths(words: str, found: list[str]) -> None:
     assert _completed(words) == found
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0.0, "0 %"), (0.0123, "1.2 %"), (0.994, "99 %"), (0.996, "100 %"), (1.04, "104 %"), (12.3456, "1,235 %")],
+)
+def test_a_size_above_the_whole_has_no_power_of_ten(size: float, text: str) -> None:
+    assert median_share([size, None]) == text

@@ -200,6 +200,20 @@ def test_what_the_command_says(llama: Path, tuned: Path, truth: tuple[Path, Extr
     assert files_of(tmp_path / "a") == files_of(tmp_path / "c") == files_of(truth[0])
 
 
+def test_the_command_says_to_which_rank_all_are_padded(llama: Path, tmp_path: Path) -> None:
+    """The rank that the file has of all pairs; the table has those of the matrices, which differ."""
+    one, three = changed(llama, rank=1), changed(llama, rank=3)
+    tensors = {name: (three if "q_proj" in name else one)[name] for name in one}
+    tuned = save_sharded(tmp_path / "t", tensors, 2, llama / "config.json")
+    arguments = ["extract", str(llama), str(tuned), "--energy", "0.9", "--uniform", "-o", str(tmp_path / "o")]
+    run = CliRunner().invoke(main, arguments, catch_exceptions=False)
+    pairs = load_file(tmp_path / "o/adapter_model.safetensors")
+    (rank,) = {len(tensor) for key, tensor in pairs.items() if "lora_A" in key}
+    told = json.loads((tmp_path / "o/extraction.json").read_text())["targets"]
+    assert {each["rank"] for each in told} == {1, rank}
+    assert f"{len(told)} modules padded with zeros to rank {rank}, " in " ".join(run.stderr.split())
+
+
 # -- stopped, killed, again -----------------------------------------------------------------------------------------------
 
 
@@ -312,7 +326,8 @@ def test_the_same_again_and_another(llama: Path, tuned: Path, truth: tuple[Path,
     out = shutil.copytree(truth[0], tmp_path / "o")
     said = Silent()
     report = extract(llama, tuned, out, **OPTIONS, progress=said)
-    assert said.notes == [f"{out} is already complete: nothing to do"]
+    assert said.notes[0] == f"{out} is already complete: nothing to do"
+    assert [note.partition(" has changed")[0] for note in said.notes[1:]] == ["model.embed_tokens.weight"]
     assert report == ExtractReport(**{name: getattr(truth[1], name) for name in ExtractReport.__slots__} | {"out": out})
     other = save_sharded(tmp_path / "other", changed(llama, seed=6), 1, llama / "config.json")
     for models, options in (
@@ -324,8 +339,9 @@ def test_the_same_again_and_another(llama: Path, tuned: Path, truth: tuple[Path,
         ((llama, other), {}),
         ((other, tuned), {}),
     ):
-        with pytest.raises(OutputError, match="holds the complete result of another run"):
+        with pytest.raises(OutputError, match="holds the complete result of another run") as caught:
             extract(*models, out, **{**OPTIONS, **options}, progress=Silent())
+        assert not re.search("targets|[0-9a-f]{32}", str(caught.value.got))
         assert files_of(out) == files_of(truth[0])
     extract(llama, other, out, **OPTIONS, overwrite=True, progress=Silent())
     extract(llama, other, tmp_path / "alone", **OPTIONS, progress=Silent())
@@ -498,7 +514,7 @@ def test_a_revision_of_the_tuned_model(
     assert (out / adapter).read_bytes() == (truth[0] / adapter).read_bytes()
     said = Silent()
     extract(*arguments, out, tuned_revision=first, **OPTIONS, progress=said)
-    assert said.notes == [f"{out} is already complete: nothing to do"]
+    assert said.notes[0] == f"{out} is already complete: nothing to do"
     repo.apply("another", {"notes.txt": b"x"})
     with pytest.raises(OutputError, match="the complete result of another run") as caught:
         extract(*arguments, out, **OPTIONS, progress=Silent())
@@ -644,16 +660,48 @@ def test_equal_models(llama: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize(("full", "hint"), [([], "pairs of matrices$"), (["*norm*"], "at least one of which")])
-def test_nothing_but_norms_has_changed(full: list[str], hint: str, llama: Path, tmp_path: Path) -> None:
-    """The models are not called equal; PEFT has no LoRA adapter without a pair."""
+@pytest.mark.parametrize("full", [[], ["*norm*"]])
+def test_nothing_but_norms_has_changed(full: list[str], llama: Path, tmp_path: Path) -> None:
+    """The models are not called equal; PEFT has no LoRA adapter without a pair, and no option makes one of a norm."""
     tensors = {name: one * 1.5 if name == NORM else one for name, one in tensors_of(llama).items()}
     tuned = save_sharded(tmp_path / "tuned", tensors, 2, llama / "config.json")
     with pytest.raises(OptionError, match="none of the weights that would become pairs has changed") as error:
         extract(llama, tuned, tmp_path / "o", rank=4, full=full, progress=Silent())
-    assert f"changed have {NORM}" in str(error.value)
-    assert re.search(hint, str(error.value.hint))
+    assert str(error.value.got).endswith(f"changed: {NORM}")
+    assert "needs at least one pair" in str(error.value.hint)
+    assert "--" not in str(error.value.hint)
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_nothing_but_an_embedding_has_changed(tied: bool, tmp_path: Path) -> None:
+    """The advice is to make a pair of it, which then works; but not where no adapter can have that pair."""
+    name = "model.embed_tokens.weight"
+    base = save_llama(tmp_path / "m", torch.float32, tie_word_embeddings=tied)
+    old = tensors_of(base)
+    tuned = save_sharded(tmp_path / "t", old | {name: old[name] * 1.5}, 2, base / "config.json")
+    with pytest.raises(OptionError, match="none of the weights that would become pairs has changed") as error:
+        extract(base, tuned, tmp_path / "o", rank=4, progress=Silent())
+    assert (f"--include {name}" in str(error.value.hint)) is not tied
+    if not tied:
+        report = extract(base, tuned, tmp_path / "o", rank=4, include=[name], progress=Silent())
+        assert [one.rank for one in report.targets] == [4]
+
+
+def test_what_has_changed_was_excluded(llama: Path, tuned: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="none of the weights that would become pairs has changed") as error:
+        extract(llama, tuned, tmp_path / "o", include=["lm_head*"], exclude=["*_proj*"], progress=Silent())
+    assert "--include 'model.layers.*.mlp.gate_proj.weight'" in str(error.value.hint)
+    assert "neither --exclude nor --full may match" in str(error.value.hint)
+
+
+def test_only_one_of_the_models_has_more(llama: Path, tmp_path: Path) -> None:
+    """Equal in all that both have: that is not called the same weights."""
+    more = save_sharded(tmp_path / "t", tensors_of(llama) | {"new.weight": torch.ones(3)}, 2, llama / "config.json")
+    for models in ((llama, more), (more, llama)):
+        with pytest.raises(OptionError, match="all that both models have is the same") as error:
+            extract(*models, tmp_path / "o", rank=4, progress=Silent())
+        assert "only one of the models has new.weight" in str(error.value.got)
 
 
 def test_everything_is_to_be_whole(llama: Path, tuned: Path, tmp_path: Path) -> None:

@@ -296,10 +296,15 @@ def test_every_tensor_is_told_of_once(tmp_path: Path) -> None:
         all_left += _squares(difference - pairs[name])
     assert one.report.kept_of_all == pytest.approx(1 - all_left / all_change, abs=_TOLD)
     said = "\n".join(one.notes)
-    count = sum(fate in ("changed", "resized") for fate in fates.values())
+    count = sum(fate == "changed" for fate in fates.values())
     assert f"{count} tensors have changed and are not in the adapter, most of all " in said
     assert "not in the tuned model, of the tensors of the base: " in said
     assert "not in the base, of the tensors of the tuned model: " in said
+    (resized,) = (note for note in one.notes if "another shape" in note)
+    assert resized.startswith("2 tensors have another shape in the tuned model: ")
+    for name in ("lm_head.weight", "model.embed_tokens.weight"):
+        assert f"{name}, {list(old[name].shape)} and there {list(new[name].shape)}" in resized
+    assert "--full" not in resized
 
 
 _DTYPES = {
@@ -427,8 +432,14 @@ def test_a_tied_head(how: str, is_written: bool, tmp_path: Path) -> None:
     for found in (merged, ours):
         assert torch.equal(found[embedding], new[embedding])
         assert torch.equal(found.get(head, new[embedding]), new[embedding])
-    with pytest.raises(SurgeryError, match=r"embed_tokens.weight' cannot be written as LoRA(.|\n)*several modules share"):
-        extracted(base, tuned, tmp_path / "o", include=["*embed*", "*q_proj*"])
+    for include in (["*embed*", "*q_proj*"], ["*embed*"]):
+        with pytest.raises(SurgeryError, match=r"'[\w.]+' cannot be written as LoRA\n.*several modules share") as caught:
+            extracted(base, tuned, tmp_path / "o", include=include)
+        assert "--full model.embed_tokens.weight; or leave it out" in str(caught.value.hint)  # which works, see above
+    for options in ({"full": ["*mlp*"], "include": ["*embed*", "*q_proj*"]}, {"full": ["*norm*"], "include": ["*embed*"]}):
+        with pytest.raises(SurgeryError, match="cannot be written as LoRA") as caught:
+            extracted(base, tuned, tmp_path / "o", **options)
+        assert "--full model.embed_tokens.weight; or leave it out" in str(caught.value.hint)
 
 
 def test_a_head_that_is_tied_no_more(tmp_path: Path) -> None:

@@ -216,6 +216,11 @@ def test_a_model_that_transformers_does_not_know(tmp_path: Path) -> None:
     assert set(one.fates()) == {"first.bias", "norm.weight", "norm.bias"}
     with pytest.raises(SurgeryError, match=r"cannot be put into an adapter whole(.|\n)*transformers does not know"):
         extracted(base, tmp_path / "t", tmp_path / "o", rank=3, include=["*.weight"], full=["norm.*"])
+    old["embeddings.weight"] = torch.randn(20, 10)
+    with_embedding = saved(tmp_path / "e", old, None), saved(tmp_path / "te", trained(old), None)
+    with pytest.raises(SurgeryError, match=r"'embeddings\.weight' cannot be written as LoRA") as caught:
+        extracted(*with_embedding, tmp_path / "o", rank=3, include=["*.weight"])
+    assert "--full" not in str(caught.value.hint)  # which is no way either, as for the norm
 
 
 @needs("diffusers", ">=0.39", "kohya's names of all layers")
@@ -496,7 +501,11 @@ def test_a_vocabulary_of_another_size(rows: int, root: Path, tmp_path: Path) -> 
             assert (told.fate, told.tuned_shape) == ("resized", (50 + rows, 32))
             assert told.change == pytest.approx(relative(difference, old[told.tensor]), rel=6e-6)
     kept = {name: tensor for name, tensor in new.items() if tensor.shape == old[name].shape}
-    assert_best(one, old, kept, merged_by_us(base, tmp_path / "a", tmp_path / "m"), 3)
+    merged = merged_by_us(base, tmp_path / "a", tmp_path / "m")
+    assert_best(one, old, kept, merged, 3)
+    assert torch.equal(merged["lm_head.weight"], old["lm_head.weight"])  # as the note says
+    (note,) = (note for note in one.notes if "another shape" in note)
+    assert f"lm_head.weight, [50, 32] and there [{50 + rows}, 32]" in note
     with pytest.raises(SurgeryError, match=r"'lm_head.weight' has another shape in the tuned model, and cannot be saved whole"):
         extracted(base, tmp_path / "t", tmp_path / "o", rank=3, full=["lm_head*"])
     with pytest.raises(SurgeryError, match=r"'lm_head.weight' has another shape than in the original"):

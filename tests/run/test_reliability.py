@@ -27,6 +27,7 @@ from surgery.errors import OutputError, SourceError, SurgeryError
 from surgery.files import file_writer
 from surgery.names import TRAINS, Train
 from surgery.progress import Silent
+from surgery.run.journal import differing_runs
 from surgery.run.lock import locked
 from tests.measure import run_module
 from tests.models import files_of, realistic, save_llama
@@ -342,6 +343,7 @@ def test_other_options_are_refused(options: dict[str, Any], difference: str, lla
     with pytest.raises(OutputError, match="an unfinished run of another kind") as caught:
         surgery.factorize(llama, tmp_path / "f", **{"rank": 4, **options})
     assert difference in str(caught.value)
+    assert "targets" not in str(caught.value)  # a hash, which differs with the options
     assert files_of(tmp_path / "f") == before
     surgery.factorize(llama, tmp_path / "f", rank=4)
     before = files_of(tmp_path / "f")
@@ -349,6 +351,14 @@ def test_other_options_are_refused(options: dict[str, Any], difference: str, lla
         surgery.factorize(llama, tmp_path / "f", **{"rank": 4, **options})
     assert difference in str(caught.value)
     assert files_of(tmp_path / "f") == before
+
+
+def test_other_targets_are_told_of_alone() -> None:
+    """They follow from other options; what differs in them is a hash, and nothing to read."""
+    then, now = ({"targets": 64 * digit, "options": {"rank": 4}} for digit in "ab")
+    assert differing_runs(then, now) == ["targets: changed"]
+    assert differing_runs(then, {**now, "options": {"rank": 5}}) == ["options.rank: 4 then, 5 now"]
+    assert differing_runs(then, then) == []
 
 
 def test_a_changed_source_is_refused(tmp_path: Path) -> None:
@@ -360,7 +370,7 @@ def test_a_changed_source_is_refused(tmp_path: Path) -> None:
     save_file(tensors, shard, metadata={"format": "pt"})
     with pytest.raises(OutputError, match="an unfinished run of another kind") as caught:
         surgery.factorize(model, out, rank=4)
-    assert f"source.files.{shard.name}" in str(caught.value)
+    assert f"source.files.{shard.name}: changed" in str(caught.value)
     surgery.factorize(model, out, rank=4, overwrite=True)
     # Of a complete one, whatever the file's times say.
     was = shard.stat()
@@ -398,7 +408,7 @@ def test_fold_goes_on(train: Train, llama: Path, truth: Path, tmp_path: Path) ->
     written = first.stat().st_mtime_ns
     with pytest.raises(OutputError, match="an unfinished run of another kind") as caught:
         surgery.fold(truth, {name: value * 2 for name, value in scales.items()}, tmp_path / "o")
-    assert "scales" in str(caught.value)
+    assert "scales: changed" in str(caught.value)
     surgery.fold(truth, scales, tmp_path / "o")
     assert files_of(tmp_path / "o") == files_of(tmp_path / "whole")
     assert first.stat().st_mtime_ns == written

@@ -166,11 +166,14 @@ def extract(
     if not quiet:
         click.echo(_table(report.targets))
     written = sum(record.size for record in report.files)
-    say(f"{whole(out)}: {_outcome(report)}; {size(written)} in {seconds:.1f} s", quiet=quiet)
+    outcome = _outcome(report, uniform=chosen["uniform"])
+    say(f"{whole(out)}: {outcome}; {size(written)} in {seconds:.1f} s", quiet=quiet)
 
 
-def _outcome(report: ExtractReport) -> str:
-    text = f"{report.modules} modules of rank {'up to ' if report.is_uneven else ''}{report.rank}"
+def _outcome(report: ExtractReport, *, uniform: bool) -> str:
+    from surgery.extraction.told import ranks_in_words
+
+    text = f"{report.modules} modules {ranks_in_words(report, uniform=uniform)}"
     if report.kept is not None:
         text += f", {share_text(report.kept)} of the targets' change"
     saved = sum(one.fate == "saved" for one in report.others)
@@ -198,7 +201,7 @@ def _table(targets: Sequence[ExtractedTarget]) -> str:
         ]
         for name, some in groups.items()
     ]
-    head = ("weights", "number", "rank", "change", "kept", "error", "above noise")
+    head = ("weights", "number", "rank", "change", "kept", "merged error", "above noise")
     return table(head, rows, flush_right=(1, 2, 3, 4, 5, 6), names=(0,))
 
 
@@ -221,8 +224,9 @@ def _plan_text(plan: ExtractPlan) -> str:
         ]
         for name, some in groups.items()
     ]
+    compared = f"{plan.compared} compared" + (f" ({len(plan.resized)} of another shape in TUNED)" if plan.resized else "")
     rest = (
-        f"{len(plan.targets)} weights, {len(plan.saved)} tensors whole if they have changed, {plan.compared} compared, "
+        f"{len(plan.targets)} weights, {len(plan.saved)} tensors whole if they have changed, {compared}, "
         f"{len(plan.gone)} only in BASE, {len(plan.further)} only in TUNED; reads {size(plan.bytes_read)}, writes at most "
         f"{size(plan.bytes_written)}"
         + (f", of which {size(plan.download_bytes)} have to be fetched" if plan.download_bytes else "")

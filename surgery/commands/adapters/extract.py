@@ -13,10 +13,10 @@ from surgery.errors import OptionError, few
 from surgery.extraction.extraction import Extraction, ExtractOptions
 from surgery.extraction.jobs import ExtractJobs
 from surgery.extraction.matrices import Extracting
-from surgery.extraction.reporting import WrittenAdapter, report_of, tell_of
+from surgery.extraction.reporting import WrittenAdapter, report_of, tell_of, tell_what_is_missing
 from surgery.extraction.result_file import complete_result, earlier_result, finished_result, replaced_result, write_result
 from surgery.extraction.shard import ExtractJob
-from surgery.extraction.told import ExtractReport
+from surgery.extraction.told import ExtractReport, ranks_in_words
 from surgery.format.options import ExtractKeywords, Options, chosen_options
 from surgery.names import DTYPES, EXTRACTION_FILE, STREAM_DIR, TUNED_STREAM_DIR, Dtype
 from surgery.planning.extents import Extent, Rank
@@ -43,6 +43,7 @@ class ExtractPlan(Report):
             rank possible.
         saved: tensors that the adapter would hold whole, if they have changed.
         compared: how many other tensors would only be compared.
+        resized: of these other tensors, those that have another shape in the tuned model.
         gone: tensors of the base that the tuned model does not have.
         further: tensors of the tuned model that the base does not have.
         layout: layout of the adapter.
@@ -58,6 +59,7 @@ class ExtractPlan(Report):
     targets: tuple[PlannedTarget, ...]
     saved: tuple[str, ...]
     compared: int
+    resized: tuple[str, ...]
     gone: tuple[str, ...]
     further: tuple[str, ...]
     layout: str
@@ -124,6 +126,7 @@ def plan_extract(
         targets=tuple(map(PlannedTarget.of, plan.targets)),
         saved=extraction.saved,
         compared=len(every) - len(gone) - len(extraction.saved),
+        resized=tuple(name for name in every if extraction.is_resized(name)),
         gone=gone,
         further=extraction.further(),
         layout=layout,
@@ -253,6 +256,7 @@ def extract(
                 run.forget()
                 progress.note(f"{out} is already complete" + (": nothing to do" if run.upload is None else ""))
                 _publish(run, out, report, extraction)
+                tell_what_is_missing(report)
                 return report
             run.identify(identity)
             files = extraction.files(out, replaced_result(out))
@@ -260,6 +264,7 @@ def extract(
                 if (finished := finished_result(place, identity)) is not None:  # an earlier start was stopped after that
                     report = replace(finished, out=out)
                     _publish(run, place, report, extraction)
+                    tell_what_is_missing(report)
                     return report
                 jobs = ExtractJobs(_jobs(extraction, out), extraction.weights, extraction.tuned, timing)
                 with phase(progress, "extracting", sum(shard.header.data_bytes for shard in extraction.plan.shards)):
@@ -334,7 +339,7 @@ def _jobs(extraction: Extraction, out: Path) -> list[ExtractJob]:
 
 def _publish(run: Run, place: Path, report: ExtractReport, extraction: Extraction) -> None:
     """Upload the adapter; nothing without an upload."""
-    size = f"{report.modules:,} modules of rank {'up to ' if report.is_uneven else ''}{report.rank}"
+    size = f"{report.modules:,} modules {ranks_in_words(report, uniform=extraction.options.form.uniform_rank)}"
     if report.kept is not None:
         size += f", which hold {report.kept:.1%} of the squared norm of their weights' change"
     files = [*(one.file for one in report.files), EXTRACTION_FILE]

@@ -91,6 +91,18 @@ class AdapterForm:
     residual_of: str | None = None
 
 
+class NotWritten(OptionError):
+    """A tensor that cannot be written.
+
+    Attributes:
+        alike: a glob that matches the tensor and those of other blocks whose names differ in numbers alone.
+    """
+
+    def __init__(self, what: str, *, got: object = None, hint: str | None = None, alike: str = "") -> None:
+        super().__init__(what, got=got, hint=hint)
+        self.alike = alike
+
+
 @dataclass(frozen=True, slots=True)
 class Refusal:
     """How it is said that a tensor cannot be written.
@@ -103,7 +115,13 @@ class Refusal:
     what: str
     hint: str
 
-    def of(self, key: str, got: str) -> OptionError:
+    def of(self, key: str, got: str) -> NotWritten:
         """The error for a tensor; ``got`` says what it is."""
-        alike = re.sub(r"(?<=\.)\d+(?=\.)", "*", key.partition("[")[0])
-        return OptionError(f"{key!r} cannot be {self.what}", got=got, hint=self.hint.replace("GLOB", quoted(alike)))
+        alike = glob_of_alike(key.partition("[")[0])
+        hint = self.hint.replace("GLOB", quoted(alike))
+        return NotWritten(f"{key!r} cannot be {self.what}", got=got, hint=hint, alike=alike)
+
+
+def glob_of_alike(tensor: str) -> str:
+    """A glob that matches a tensor and those of other blocks whose names differ in numbers alone."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor)

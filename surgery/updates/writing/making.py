@@ -43,6 +43,15 @@ class AdaptableModel:
     def _places(self) -> Mapping[str, list[Place]]:
         return {} if self._model is None else locate(self._model, self._shapes)
 
+    def check_whole(self, tensors: Sequence[str]) -> None:
+        """Check that an adapter in PEFT's layout can hold tensors whole, beside pairs of others.
+
+        Raises:
+            OptionError: it cannot.
+            MissingExtra, SourceError: see ``surgery.models.skeleton``.
+        """
+        whole_tensors(tensors, self._model, self._places, ())
+
     def adapter(self, tensors: Sequence[LowRankTensor], form: AdapterForm, copied: Sequence[str] = ()) -> AdapterToWrite:
         """The adapter that adds low-rank updates to tensors.
 
