@@ -22,7 +22,7 @@ from surgery.models.carriers import Carrier
 from surgery.names import ADAPTER_CONFIG, MANIFEST_FILE
 from surgery.progress import listening, note
 from surgery.updates.adapter_update import AdapterUpdate
-from surgery.updates.adapters.content import AdapterContent, ModuleUpdate, changes_nothing
+from surgery.updates.adapters.content import AdapterContent, ModuleUpdate
 from surgery.updates.adapters.homes import Homes
 from surgery.updates.adapters.peft_lora import read_peft
 from surgery.updates.adapters.placement import placed
@@ -42,7 +42,7 @@ _FOLD = "fold it: surgery fold gives standard weights"
 def read_residual_lora(path: Path, factorized: Path, manifest: Manifest, entries: Mapping[str, TensorEntry]) -> AdapterUpdate:
     """What a LoRA that was trained on the residual changes of the original weights: ``B A - B0 A0``, of twice its rank.
 
-    It is made of ``[B - B0, B0]`` and ``[A; A - A0]``, so that a module that was not trained changes nothing, exactly.
+    It is made of ``[B - B0, B0]`` and ``[A; A - A0]``, so that what was not trained changes nothing, exactly.
 
     Args:
         path: the adapter's folder.
@@ -51,12 +51,12 @@ def read_residual_lora(path: Path, factorized: Path, manifest: Manifest, entries
 
     Raises:
         ScalesError: it did not begin with these factors, or lacks some of them.
-        OptionError: it was trained on another residual, is of a kind that cannot be merged, or changes nothing.
+        OptionError: it was trained on another residual, or is of a kind that cannot be merged.
         SourceError, FormatError, ReadError, MissingExtra: see ``surgery.updates.adapters.reading.read_adapters``.
     """
     changed = _differences(path, factorized, manifest)
     if not (changed.updates or changed.copied or changed.tokens):
-        raise changes_nothing(str(path), "matrices A and B as export wrote them, the factors of this checkpoint")
+        return AdapterUpdate({}, ())
     found = placed(changed, Homes(factorized, entries), {name: entry.shape for name, entry in entries.items()}, 1.0)
     return AdapterUpdate(found.changes, [found.account]).tied(manifest.targets)
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.errors import FormatError, OptionError, ScalesError
 from surgery.names import TRAINS, Train
+from surgery.progress import Silent
 from tests.families import FAMILIES
 from tests.models import save_llama, tensors_of
 from tests.releases import needs
@@ -231,11 +232,15 @@ def test_a_lora_that_was_trained_on_the_residual(name: str, tmp_path: Path) -> N
         _touch(_trained(adapted), 0.02)
         expected = family.run(adapted)
     adapted.save_pretrained(tmp_path / "t")
-    with pytest.raises(OptionError, match="an adapter that changes nothing"):
-        surgery.merge(tmp_path / "f", tmp_path / "untrained", tmp_path / "same")
-    assert not (tmp_path / "same").exists()
-    (changed,) = {one.tensor for one in surgery.merge(tmp_path / "f", tmp_path / "one", tmp_path / "same").tensors}
-    before, after = tensors_of(folder), tensors_of(tmp_path / "same")
+    said = Silent()
+    report = surgery.merge(tmp_path / "f", tmp_path / "untrained", tmp_path / "same", progress=said)
+    assert (report.tensors, report.restored) == ((), report.shards)
+    assert any(note.endswith("the bytes of the source's: nothing of the adapter has been trained") for note in said.notes)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "same").glob("*.safetensors")} == {
+        file.name: file.read_bytes() for file in folder.glob("*.safetensors")
+    }
+    (changed,) = {one.tensor for one in surgery.merge(tmp_path / "f", tmp_path / "one", tmp_path / "o1").tensors}
+    before, after = tensors_of(folder), tensors_of(tmp_path / "o1")
     assert [name for name in before if not torch.equal(before[name], after[name])] == [changed]
     report = surgery.merge(tmp_path / "f", tmp_path / "t", tmp_path / "o")
     close: Callable[..., None] = torch.testing.assert_close

@@ -370,6 +370,11 @@ def _report(out: Path, results: Sequence[FoldedShard], merging: Merging) -> Merg
 def _told(report: MergeReport) -> MergeReport:
     """The report, with a note if the weights that were written are those of the source."""
     if report.restored == report.shards:
-        why = "the adapter replaces tensors with what they are already" if report.kept is None else "rounding undid the update"
+        if not report.tensors:
+            why = "nothing of the adapter has been trained"
+        elif report.kept is None:
+            why = "the adapter replaces tensors with what they are already"
+        else:
+            why = "rounding undid the update"
         listening().note(f"all weight files have the bytes of the source's: {why}")
     return report
