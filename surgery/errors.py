@@ -29,6 +29,8 @@ from surgery.escapes import escaped
 
 #: What to do if there is too little memory.
 MEMORY_HINT = "end other programs, allow less with --max-memory, or raise the limit (ulimit -v)"
+#: What the options are called by which a result is replaced or written elsewhere, on the command line and in Python.
+OVERWRITE, OTHER_OUT = "--overwrite (in Python: overwrite=True)", "-o (out) chooses another"
 #: errno of an error with a file or folder -> what to do.
 _ADVICE = {
     errno.EACCES: "see who may use it, and the folders above it: ls -l",

@@ -10,6 +10,7 @@ import torch
 
 from surgery.commands.inspect import largest_residual
 from surgery.device import on_its_own_terms
+from surgery.escapes import quoted
 from surgery.format.manifest import Manifest
 from surgery.format.manifest_records import summary_of
 from surgery.format.options import OptionKeywords, Options, chosen_options
@@ -25,6 +26,7 @@ from surgery.run.factorization import Factorization
 from surgery.run.run import Run
 from surgery.shards.accuracy import unconverged_note, unproven_note
 from surgery.shards.factorize_jobs import FactorizeJobs
+from surgery.source.no_model import OnlyAdapter
 from surgery.source.open import open_source
 from surgery.source.protocol import Source
 from surgery.timing import Timing
@@ -115,7 +117,14 @@ def plan(
 
 
 def _open(model: str | Path, revision: str | None, subfolder: str | None, stream: tuple[Path, int] | None) -> Source:
-    source = open_source(model, revision=revision, subfolder=subfolder)
+    try:
+        source = open_source(model, revision=revision, subfolder=subfolder)
+    except OnlyAdapter as error:
+        error.hint = (
+            f"surgery factorize {error.base}; with the trained scales: surgery fold FACTORIZED SCALES --lora {quoted(model)}. "
+            f"Or first: surgery merge {error.base} {quoted(model)} -o merged, and factorize what that gives"
+        )
+        raise
     if stream is None:
         return source
     from surgery.source.stream import streamed  # the hub client is slow to import

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from surgery.errors import OutputError
+from surgery.errors import OVERWRITE, OutputError
 from surgery.files.file_writer import copy_file, write_file
 
 ORIGINAL, FACTORIZED, SCALES, FOLDED, REPORT, README = (
@@ -109,7 +109,7 @@ def check_folder(out: Path, model: Path, *, overwrite: bool) -> bool:
     # The README comes last: without it an earlier demo was stopped, and this one goes on.
     was_stopped = (out / FACTORIZED).is_dir() and not readme.exists()
     if there and not was_stopped and not overwrite:
-        raise OutputError(f"{there[0]} is there already", hint="--overwrite replaces an earlier demo")
+        raise OutputError(f"{there[0]} is there already", hint=f"{OVERWRITE} replaces an earlier demo")
     return bool(there)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import FormatError, OutputError, few
+from surgery.errors import OTHER_OUT, OVERWRITE, FormatError, OutputError, few
 from surgery.extraction.told import ExtractedTarget, ExtractReport, OtherTensor
 from surgery.files.file_records import FileRecord
 from surgery.files.file_writer import write_file
@@ -32,7 +32,7 @@ def earlier_result(out: Path) -> dict[str, Any] | None:
         ReadError: it cannot be read.
     """
     path = out / EXTRACTION_FILE
-    return read_sealed(path, "--overwrite makes the adapter again") if path.is_file() else None
+    return read_sealed(path, f"{OVERWRITE} makes the adapter again") if path.is_file() else None
 
 
 def replaced_result(out: Path) -> list[str]:
@@ -63,7 +63,7 @@ def complete_result(out: Path, earlier: dict[str, Any], identity: Mapping[str, A
         raise OutputError(
             f"{out} holds the complete result of another run",
             got=few(differences, between="; "),
-            hint="--overwrite replaces it; -o chooses another folder",
+            hint=f"{OVERWRITE} replaces it; {OTHER_OUT} folder",
         )
     del earlier["schema_version"]
     kinds: Mapping[str, Any] = {"files": FileRecord, "targets": ExtractedTarget, "others": OtherTensor}
@@ -74,6 +74,6 @@ def complete_result(out: Path, earlier: dict[str, Any], identity: Mapping[str, A
         raise OutputError(
             f"{out} holds a complete result, but some of its files are missing or have changed since",
             got=few(lost),
-            hint="--overwrite makes it again",
+            hint=f"{OVERWRITE} makes it again",
         )
     return report

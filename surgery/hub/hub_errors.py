@@ -11,15 +11,17 @@ from surgery.escapes import quoted
 from surgery.hub import hub_client as client
 from surgery.hub import patience
 
-#: A placeholder in the tables below: the hint is what ``how_to_fetch_it`` gives.
-_ONLINE = "fetch the model while online"
+#: A placeholder in the tables below: the hint comes from ``how_to_fetch_it``.
+_ONLINE = "fetch it while online"
 _GO_ON = "run the same command again: it continues where it stopped, and what has been fetched is not fetched twice"
 _TOKEN = "hf auth login, or set HF_TOKEN, with a token that may read it"
+_NOT_HERE = "is neither a folder here nor (all) in the local cache"
+_AWAY = f"cannot be reached on the hub, and {_NOT_HERE}"
 #: Rows of (exception of the client, what happened, what to do). The first row that fits counts, so subclasses come first.
 Messages = tuple[tuple[type[Exception], str, str], ...]
 _MESSAGES: Messages = (
     (client.GatedRepoError, "is gated and your token has no access to it", "accept its terms on its page, then: hf auth login"),
-    (client.DisabledRepoError, "has been disabled on the hub", "choose another model"),
+    (client.DisabledRepoError, "has been disabled on the hub", "choose another one"),
     (
         client.RepositoryNotFoundError,
         "does not exist on the hub or is private, nor is there such a folder here",
@@ -27,12 +29,12 @@ _MESSAGES: Messages = (
     ),
     (client.RevisionNotFoundError, "has no such revision", "leave --revision out, or give a branch, tag or commit of it"),
     (client.RemoteEntryNotFoundError, "lacks a file that its listing names", "try again; the repository may be changing"),
-    (client.LocalEntryNotFoundError, "cannot be reached, and is not (all) in the local cache", _ONLINE),
-    (client.OfflineModeIsEnabled, "is not in the local cache, and the client is offline", _ONLINE),
+    (client.LocalEntryNotFoundError, _AWAY, _ONLINE),
+    (client.OfflineModeIsEnabled, f"{_NOT_HERE}, and the client is offline", _ONLINE),
     (client.HFValidationError, "is neither a local folder nor a valid repo id", "give owner/name or a path"),
     (client.HfHubHTTPError, "cannot be fetched from the hub", "try again later"),
     (client.Incomplete, "cannot be fetched from the hub: its answers are cut off", "try again later"),
-    (client.RequestError, "cannot be reached, and is not (all) in the local cache", _ONLINE),
+    (client.RequestError, _AWAY, _ONLINE),
     (client.InvalidURL, "cannot be reached", "set HF_ENDPOINT to the address of a hub, or unset it"),
     (
         client.NoHub,
@@ -42,7 +44,7 @@ _MESSAGES: Messages = (
 )
 #: Status of the answer to the first request -> what happened, what to do. An expired token gets these for public models too.
 FIRST_STATUSES = {
-    401: ("may not be read with your token, which has expired or been revoked", f"{_TOKEN}; of a public model: unset HF_TOKEN"),
+    401: ("may not be read with your token, which has expired or been revoked", f"{_TOKEN}; of a public one: unset HF_TOKEN"),
     403: ("may not be read with your token", _TOKEN),
 }
 #: The same for later requests of a run, after the hub has answered before: by status, and else (_MIDWAY) by exception.
@@ -57,7 +59,7 @@ _MIDWAY: Messages = (
         "has become gated, and your token has no access to it",
         "accept its terms on its page, hf auth login",
     ),
-    (client.DisabledRepoError, "has been disabled on the hub meanwhile", "choose another model"),
+    (client.DisabledRepoError, "has been disabled on the hub meanwhile", "choose another one"),
     (client.RemoteEntryNotFoundError, "lacks a file that its listing named", "see its page on the hub for what has changed"),
     (client.OfflineModeIsEnabled, "has files that are not in the local cache any more, and the client is offline", _ONLINE),
     (client.HfHubHTTPError, "cannot be fetched from the hub", "wait until the hub works again"),
@@ -97,6 +99,8 @@ def hub_errors(
             what, hint = statuses.get(error.response.status_code, (what, hint))
         if hint is _ONLINE:
             hint = how_to_fetch_it(repo_id, revision)
+            if revision is None:  # which no folder has
+                hint = f"if it is a local folder, check the name; else {hint}"
         raise raised(f"{repo_id} {what}", got=first_line(error), hint=hint) from error
 
 
@@ -125,11 +129,11 @@ def hub_errors_midway(repo_id: str, file: str) -> Iterator[None]:
 
 
 def how_to_fetch_it(repo_id: str, revision: str | None = None) -> str:
-    """A hint on how to get a model into the cache."""
+    """A hint on how to get a model or an adapter into the cache."""
     once = f"hf download {quoted(repo_id)}" + ("" if revision is None else f" --revision {quoted(revision)}")
     if client.is_offline():
-        return f"unset HF_HUB_OFFLINE, or fetch the model once without it: {once}"
-    return f"connect to the network, or fetch the model once while online: {once}"
+        return f"unset HF_HUB_OFFLINE, or fetch it once without that: {once}"
+    return f"connect to the network, or fetch it once while online: {once}"
 
 
 def first_line(error: Exception) -> str:

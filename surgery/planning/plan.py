@@ -9,6 +9,7 @@ from typing import Any, Literal
 from surgery.engine.resources import Memory, Resources
 from surgery.engine.sharing import CORRECTION_BYTES, share_out
 from surgery.errors import OptionError, SourceError, SurgeryError, few
+from surgery.escapes import quoted
 from surgery.format.header import Header, TensorEntry
 from surgery.format.manifest_records import Alias, LeftOutRecord, SkippedRecord
 from surgery.format.options import Options
@@ -278,7 +279,7 @@ def _check_is_a_model(name: str, headers: Mapping[str, Header]) -> None:
         raise SourceError(
             f"{name} holds a LoRA adapter and no weights of a model: {few(headers)}",
             got=f"such as {next(filter(is_of_lora, tensors))!r}",
-            hint="give the model that it was trained on, or merge the two first",
+            hint=f"give the model that it was trained on, or merge the two first: surgery merge MODEL {quoted(name)}",
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from surgery.errors import OutputError, few
+from surgery.errors import OTHER_OUT, OVERWRITE, OutputError, few
 from surgery.escapes import quoted
 from surgery.files.access import read_errors
 from surgery.files.file_records import file_sha256
@@ -98,7 +98,7 @@ class Factorization:
             raise OutputError(
                 f"{out} holds the complete result of another run",
                 got=few(differences, between="; "),
-                hint="--overwrite replaces it; -o chooses another folder",
+                hint=f"{OVERWRITE} replaces it; {OTHER_OUT} folder",
             )
         lost = not_as_recorded(out, manifest.output_files())
         if lost or not (out / SCALES_FILE).is_file():
@@ -106,7 +106,7 @@ class Factorization:
             raise OutputError(
                 f"{out} holds a complete result, but some of its files are missing or have changed since",
                 got=few(lost),
-                hint="--overwrite makes it again",
+                hint=f"{OVERWRITE} makes it again",
             )
         self._change_untouched(out / SCALES_FILE, manifest)
         return manifest

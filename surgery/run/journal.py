@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import FormatError, OutputError, ReadError, few
+from surgery.errors import OTHER_OUT, OVERWRITE, FormatError, OutputError, ReadError, few
 from surgery.files.access import write_errors
 from surgery.files.file_writer import write_file
 from surgery.files.json_files import MAX_OWN_JSON_BYTES, read_json_object
@@ -99,14 +99,16 @@ class Journal:
             differences = self._differences()
         except (FormatError, ReadError) as error:
             raise OutputError(
-                f"{self._out} holds an unfinished run whose journal is damaged", got=error.what, hint="--overwrite starts again"
+                f"{self._out} holds an unfinished run whose journal is damaged",
+                got=error.what,
+                hint=f"{OVERWRITE} starts again",
             ) from error
         if differences:
             raise OutputError(
                 f"{self._out} holds an unfinished run of another kind",
                 got=few(differences, between="; "),
                 expected="the same command on the same model, which continues it",
-                hint="repeat the earlier command, start again with --overwrite, or choose another folder with -o",
+                hint=f"repeat the earlier command; or {OVERWRITE} starts again; {OTHER_OUT} folder",
             )
 
     def drop(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from surgery.errors import OutputError, few
+from surgery.errors import OTHER_OUT, OVERWRITE, OutputError, few
 from surgery.escapes import quoted
 from surgery.files.access import check_replaceable, read_errors
 from surgery.files.file_records import file_sha256
@@ -72,7 +72,7 @@ def check_output_path(out: Path, inputs: Iterable[Path], *, overwrite: bool, but
         check_leads_somewhere(out)
         check_replaceable(out)
         if out.exists() and not overwrite:
-            raise OutputError(f"{out} is there already", hint="--overwrite replaces it; -o chooses another name")
+            raise OutputError(f"{out} is there already", hint=f"{OVERWRITE} replaces it; {OTHER_OUT} name")
         folder = next(path for path in out.absolute().parents if path.exists())
         if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
             what = "may not be written to" if folder.is_dir() else "is no folder"

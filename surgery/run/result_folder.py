@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from surgery.errors import OptionError, OutputError, ScalesError, SurgeryError, WeightError, few
+from surgery.errors import OTHER_OUT, OVERWRITE, OptionError, OutputError, ScalesError, SurgeryError, WeightError, few
 from surgery.files.access import all_below, check_replaceable, write_errors
 from surgery.files.file_writer import sync_directory
 from surgery.format.manifest import Manifest
@@ -128,7 +128,7 @@ def files_together(out: Path, journal: Journal, writes: Iterable[str], *, overwr
     for name in sorted(present - Journal.files(out)):
         check_replaceable(out / name)
         if not overwrite:
-            raise OutputError(f"{out / name} is there already", hint="--overwrite replaces it; -o chooses another folder")
+            raise OutputError(f"{out / name} is there already", hint=f"{OVERWRITE} replaces it; {OTHER_OUT} folder")
     if not goes_on:
         journal.claim(present)
         journal.drop()
@@ -168,7 +168,7 @@ def _prepared(out: Path, journal: Journal, result: ResultFiles, beside: Sequence
         raise OutputError(
             f"{out} holds files already",
             got=few(top),
-            hint="--overwrite replaces an earlier result; -o chooses another folder",
+            hint=f"{OVERWRITE} replaces an earlier result; {OTHER_OUT} folder",
         )
     present = files_in(out)
     ours = _earlier_result(out, present) | result.earlier | result.names | Journal.files(out) | Journal.replaced(out)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from surgery.engine.resources import Memory
-from surgery.errors import OutputError, SurgeryError
+from surgery.errors import OTHER_OUT, OVERWRITE, OutputError, SurgeryError
 from surgery.files.access import all_below
 from surgery.files.file_records import RESTORE_HINT, FileRecord, check_file
 from surgery.files.file_writer import copy_file, write_file
@@ -103,7 +103,7 @@ class WrittenModel:
         ):
             raise OutputError(
                 f"{self.out} holds files already, and they are not those of this run",
-                hint="--overwrite replaces an earlier result; -o chooses another folder",
+                hint=f"{OVERWRITE} replaces an earlier result; {OTHER_OUT} folder",
             )
         progress.note(f"{self.out} is already complete: nothing to do")
         return results

@@ -53,10 +53,12 @@ class FoldedShard:
     Attributes:
         file: the weight file that was written, or would be.
         kept: what the rounding kept of each update in it.
+        is_as_before: whether its bytes are those of the source's file.
     """
 
     file: FileRecord
     kept: list[KeptUpdate]
+    is_as_before: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,16 +123,22 @@ class ShardFold:
         with weights.opened(file) as reader:
             if self.places.to_compare:
                 sink = HashSink()
-                kept = self._write(reader, sink, lane, on_read)
-                return FoldedShard(FileRecord(file, self.dense.size(reader.header), sink.sha256), kept)
+                kept, source = self._write(reader, sink, lane, on_read)
+                record = FileRecord(file, self.dense.size(reader.header), sink.sha256)
+                return FoldedShard(record, kept, record.sha256 == source)
             with FileWriter(self.places.place / file, partial) as writer:
-                kept = self._write(reader, writer, lane, on_read)
-                return FoldedShard(writer.commit(file), kept)
+                kept, source = self._write(reader, writer, lane, on_read)
+                record = writer.commit(file)
+                return FoldedShard(record, kept, record.sha256 == source)
 
     def _write(
         self, reader: ShardReader, writer: FileWriter | HashSink, lane: Lane, on_read: Callable[[], object]
-    ) -> list[KeptUpdate]:
-        """Write the header and, in the order of the shard, the bytes of each window. Returns what rounding kept."""
+    ) -> tuple[list[KeptUpdate], str]:
+        """Write the header and, in the order of the shard, the bytes of each window.
+
+        Returns:
+            What rounding kept, and the sha256 of the source's file.
+        """
         shard, dense, progress, weights = self.shard, self.dense, self.progress, self.checkpoint.weights
         path, header = weights.path(shard.file), dense.header(reader.header)
         if lost := self.checkpoint.missing(shard.file, [entry.name for entry in reader.header.tensors]):
@@ -156,6 +164,7 @@ class ShardFold:
         with ShardWalk(reader, dense.touched(reader.header), lane.buffers, lane.timing) as walk:
             lane.flow(walk, self.places.window_bytes, fold, finish, on_read)
         weights.check(shard.file, walk.sha256)
-        if header == reader.header.raw and dense.keeps(reader.header) and writer.sha256 != (shard.sha256 or walk.sha256):
+        source = shard.sha256 or walk.sha256
+        if header == reader.header.raw and dense.keeps(reader.header) and writer.sha256 != source:
             raise FormatError(f"{path}: untouched weights do not give the source back", hint=DAMAGED_HINT)
-        return list(total.kept.values())
+        return list(total.kept.values()), source

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 
 from surgery.errors import SourceError, few
-from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PICKLED_ADAPTER
+from surgery.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG_FILE, PICKLED_ADAPTER
 from surgery.progress import note
 from surgery.source.address import Address, address_of
 
@@ -57,11 +57,15 @@ def _fetched(address: Address) -> Path:
         check_contents(path, files[name], f"{repo_id}/{name}", fetch_again(repo_id, commit, name))
         paths.append(path)
     if not paths:
-        lies_pickled = any(PurePosixPath(name).name == PICKLED_ADAPTER for name in files)
+        hint = None
+        if any(PurePosixPath(name).name == PICKLED_ADAPTER for name in files):
+            hint = f"PEFT reads {PICKLED_ADAPTER}: load it there and save it again"
+        elif CONFIG_FILE in files:
+            hint = "this is a model: surgery merge takes the model first, then the adapters"
         raise SourceError(
             f"{repo_id} holds no adapter" + (f" in {address.subfolder}" if address.subfolder else ""),
             got=few(sorted(files)) or "no files",
             expected=f"{ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}, or LoRA weights of a diffusion model; or the address of a file",
-            hint=f"PEFT reads {PICKLED_ADAPTER}: load it there and save it again" if lies_pickled else None,
+            hint=hint,
         )
     return paths[0] if file is not None else paths[0].parent

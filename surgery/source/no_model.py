@@ -29,6 +29,16 @@ _FETCHED = ".cache/huggingface/download"
 _CONVERT = "AutoModel.from_pretrained(MODEL).save_pretrained(FOLDER) writes safetensors"
 
 
+class OnlyAdapter(SourceError):
+    """What is to be a model holds an adapter, and no weights of a model.
+
+    Attributes:
+        base: the model that it was trained on, quoted for a shell; ``MODEL`` if its config names none.
+    """
+
+    base = "MODEL"
+
+
 def refuse_our_own(model: ModelFolder) -> None:
     """Refuse a factorized checkpoint, or one that was being written when the command was interrupted.
 
@@ -101,7 +111,7 @@ def no_weights(model: ModelFolder, adapter: list[str]) -> SourceError:
         return SourceError(
             f"{model.where} holds adapters in its subfolders, and no safetensors weights of a model",
             got=few(inside),
-            hint="give the model that they were trained on; surgery fold --lora adds an adapter",
+            hint="give the model that they were trained on; surgery merge MODEL ADAPTER puts an adapter into it",
         )
     halves = [name for name in model.files if name.endswith(DOWNLOADS)]
     if ".cache" in model.folders:
@@ -133,7 +143,7 @@ def _card(model: ModelFolder) -> str:
     return next((model.text(name) for name in model.files if name.casefold() == CARD), "")
 
 
-def _only_adapter(model: ModelFolder, adapter: list[str]) -> SourceError:
+def _only_adapter(model: ModelFolder, adapter: list[str]) -> OnlyAdapter:
     """The error for a folder that has only an adapter; names the model that it was trained on, if its config does."""
     try:
         config = decode_json(model.text(ADAPTER_FILE)) if ADAPTER_FILE in adapter else None
@@ -141,13 +151,15 @@ def _only_adapter(model: ModelFolder, adapter: list[str]) -> SourceError:
         config = None
     base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
     is_named = isinstance(base, str) and base != "" and base.isprintable()
-    trained_on = quoted(base) if is_named else "MODEL, the one that it was trained on"
-    return SourceError(
+    trained_on = quoted(base) if is_named else OnlyAdapter.base
+    error = OnlyAdapter(
         f"{model.where} holds an adapter and no safetensors weights of a model",
         got=few(adapter) + (f"; base_model_name_or_path: {base!r}" if is_named else ""),
-        hint=f"surgery factorize {trained_on}; with the trained scales: surgery fold FACTORIZED SCALES --lora "
-        f"{quoted(model.where)}. Or merge it first, with merge_and_unload() of PEFT, and factorize what that gives",
+        hint=f"give the model that it was trained on{f', {trained_on}' if is_named else ''}; or what both make together: "
+        f"surgery merge {trained_on} {quoted(model.where)} -o merged",
     )
+    error.base = trained_on
+    return error
 
 
 def _likely(folders: list[str]) -> str:

@@ -14,9 +14,12 @@ import torch
 from torch import nn
 
 from surgery.errors import OptionError, ScalesError, few
+from surgery.escapes import quoted
+from surgery.files.json_files import read_json_object
 from surgery.format.header import TensorEntry
 from surgery.format.manifest import Manifest
 from surgery.models.carriers import Carrier
+from surgery.names import ADAPTER_CONFIG, MANIFEST_FILE
 from surgery.progress import listening, note
 from surgery.updates.adapter_update import AdapterUpdate
 from surgery.updates.adapters.content import AdapterContent, ModuleUpdate
@@ -72,7 +75,7 @@ def _differences(path: Path, factorized: Path, manifest: Manifest) -> AdapterCon
     for module, A0, B0 in exported.initial():
         update = given.get(module.name)
         if update is None:
-            raise _of_another_base(content, few(given), f"{module.name!r} among them")
+            raise _of_another_base(content, manifest, few(given), f"{module.name!r} among them")
         if update.magnitude is not None or update.bias is not None:
             raise OptionError(
                 f"{content.where}: an adapter that was trained on a residual is taken as a plain LoRA only",
@@ -81,7 +84,7 @@ def _differences(path: Path, factorized: Path, manifest: Manifest) -> AdapterCon
             )
         if update.A.shape != A0.shape or update.B.shape != B0.shape:
             got = f"for {module.name!r} A {list(update.A.shape)} and B {list(update.B.shape)}"
-            raise _of_another_base(content, got, f"A {list(A0.shape)} and B {list(B0.shape)}")
+            raise _of_another_base(content, manifest, got, f"A {list(A0.shape)} and B {list(B0.shape)}")
         met.add(module.name)
         for half, (now, before) in enumerate(((update.A, A0), (update.B, B0))):
             far[half] += torch.stack([(now - before).square().sum(), before.square().sum()]).double()
@@ -91,7 +94,7 @@ def _differences(path: Path, factorized: Path, manifest: Manifest) -> AdapterCon
     if not distance <= most:  # NaN is not either
         got = f"matrices that differ from these factors by {distance:.2f} of their norm"
         raise _of_another_base(
-            content, got, f"at most {most}" + ("" if content.of_residual else ", as the config names no residual")
+            content, manifest, got, f"at most {most}" + ("" if content.of_residual else ", as the config names no residual")
         )
     if content.rounded:
         note(
@@ -101,14 +104,26 @@ def _differences(path: Path, factorized: Path, manifest: Manifest) -> AdapterCon
     return replace(content, updates=[*found, *(one for one in content.updates if one.module not in met)])
 
 
-def _of_another_base(content: AdapterContent, got: str, expected: str) -> ScalesError:
+def _of_another_base(content: AdapterContent, manifest: Manifest, got: str, expected: str) -> ScalesError:
+    """The error for an adapter that was not made for this residual: nearly always it is a LoRA of the original model."""
+    what, exported = "did not begin with the factors of this checkpoint", "use the factorized folder that it was exported from"
+    if content.of_residual:
+        return ScalesError(f"{content.where} {what}", got=got, expected=expected, hint=exported)
+    adapter, original = quoted(content.where), quoted(manifest.source.repo_id or _base(Path(content.where)) or "ORIGINAL")
     return ScalesError(
-        f"{content.where} did not begin with the factors of this checkpoint",
+        f"{content.where} seems to be a LoRA of the original model: it {what}",
         got=got,
         expected=expected,
-        hint="use the factorized folder that it was exported from; an adapter of the original model goes into that by surgery "
-        "merge, and beside scales by surgery fold FACTORIZED SCALES --lora",
+        hint=f"surgery merge {original} {adapter}; beside scales: surgery fold FACTORIZED SCALES --lora {adapter}. "
+        f"If it was exported with --to peft-pissa: {exported}",
     )
+
+
+def _base(adapter: Path) -> str | None:
+    """The model that the config of an adapter names, unless that is a factorized checkpoint itself."""
+    base = read_json_object(adapter / ADAPTER_CONFIG, str(adapter / ADAPTER_CONFIG)).get("base_model_name_or_path")
+    is_model = isinstance(base, str) and base.isprintable() and not (Path(base) / MANIFEST_FILE).is_file()
+    return str(base) if is_model else None
 
 
 def _difference(update: ModuleUpdate, A0: torch.Tensor, B0: torch.Tensor) -> ModuleUpdate | None:

@@ -166,7 +166,9 @@ def test_what_is_there_is_not_written_over(files: list[Path], tmp_path: Path) ->
         blend(files, tmp_path / "link", overwrite=True)
     (tmp_path / "link").unlink()
     (tmp_path / "out").write_text("mine")
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(
+        OutputError, match=r"is there already\n.*--overwrite \(in Python: overwrite=True\) replaces it; -o \(out\)"
+    ):
         blend(files, tmp_path / "out")
     assert files_of(tmp_path) == {**before, "out": b"mine"}
     blend(files, tmp_path / "out", overwrite=True)

@@ -740,6 +740,21 @@ def test_two_models_that_have_nothing_in_common(llama: Path, tmp_path: Path) -> 
     assert files_of(tmp_path / "o").keys() == RESULT
 
 
+def test_an_adapter_in_the_place_of_a_model(llama: Path, tmp_path: Path) -> None:
+    """The hint has the command that makes a model of it."""
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for config, base in (({}, llama), ({"base_model_name_or_path": "acme/base"}, "acme/base")):
+        (adapter / "adapter_config.json").write_text(json.dumps(config))
+        with pytest.raises(SourceError, match="holds an adapter") as caught:
+            extract(llama, adapter, tmp_path / "o")
+        assert str(caught.value.hint).startswith("TUNED must be a model")
+        assert f"surgery merge {base} {adapter} -o merged" in str(caught.value.hint)
+    with pytest.raises(SourceError, match="holds an adapter") as caught:
+        extract(adapter, llama, tmp_path / "o")
+    assert f"surgery merge acme/base {adapter} -o merged" in str(caught.value.hint)
+
+
 def test_a_model_of_another_size(llama: Path, tmp_path: Path) -> None:
     wide = save_llama(tmp_path / "wide", torch.bfloat16, hidden_size=64)
     deep = save_llama(tmp_path / "deep", torch.bfloat16, num_hidden_layers=1)

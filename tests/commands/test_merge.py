@@ -529,6 +529,49 @@ def test_folders_that_are_something_else(llama: Path, lora: Path, factorized: Pa
         assert not (tmp_path / "o").exists()
 
 
+def test_a_model_and_adapters_in_another_order(llama: Path, lora: Path, factorized: Path, tmp_path: Path) -> None:
+    """The hint is the command that works."""
+    named = shutil.copytree(lora, tmp_path / "named")
+    config = json.loads((named / "adapter_config.json").read_text())
+    (named / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "acme/base"}))
+    for call in (merge, plan_merge):
+        for given, right in (
+            ((lora, llama), (llama, lora)),
+            ((lora, factorized), (factorized, lora)),
+            ((lora, [named, llama]), (llama, lora, named)),
+            ((lora, named), ("MODEL", lora, named)),
+            ((named, lora), ("acme/base", named, lora)),
+        ):
+            with pytest.raises(SourceError, match="holds an adapter and no safetensors weights") as caught:
+                call(*given)
+            assert str(caught.value.hint).endswith(f"the adapters: surgery merge {' '.join(map(str, right))}")
+    with pytest.raises(SourceError, match=r"(?s)no adapter_config\.json.*this is the folder of a model: .*the model first"):
+        merge(llama, llama, tmp_path / "o")
+
+
+def test_an_adapter_whose_tensors_are_the_models_own(llama: Path, lora: Path, tmp_path: Path) -> None:
+    """It may be meant, as a checkpoint in which nothing has moved yet: a note says that nothing has changed."""
+    norm = "model.norm.weight"
+
+    def saved(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.clear()
+        tensors[f"base_model.model.{norm}"] = tensors_of(llama)[norm].float() + moved
+
+    for moved in (0.0, 0.5):
+        adapter = _edited(tmp_path / f"a{moved}", saved)
+        said = Silent()
+        report = merge(llama, adapter, tmp_path / f"o{moved}", progress=said)
+        are_same = [sha256(tmp_path / f"o{moved}" / file.file) == sha256(llama / file.file) for file in report.files]
+        assert (report.restored, all(are_same)) == (sum(are_same), moved == 0)
+        assert any("all weight files have the bytes of the source's: the adapter replaces" in one for one in said.notes) == (
+            moved == 0
+        )
+    tiny = _edited(tmp_path / "tiny", lambda tensors: [tensor.mul_(1e-6) for tensor in tensors.values()])
+    said = Silent()
+    assert merge(llama, tiny, tmp_path / "o", rounding="nearest", progress=said).restored == len(report.files)
+    assert any(one.endswith("the bytes of the source's: rounding undid the update") for one in said.notes)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_the_output_is_no_input(overwrite: bool, llama: Path, lora: Path, tmp_path: Path) -> None:
     model, adapter = shutil.copytree(llama, tmp_path / "m"), shutil.copytree(lora, tmp_path / "a")

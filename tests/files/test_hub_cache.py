@@ -198,7 +198,7 @@ def test_another_revision_than_was_fetched(hub: LoopbackHub, llama: Path, offlin
     by_branch = surgery.plan("acme/revised", rank=2, progress=Silent())
     assert by_branch == surgery.plan("acme/revised", rank=2, revision=repo.commit, progress=Silent())
     for revision in ("v2", "1" * 40, "../main", "/etc/passwd"):
-        with pytest.raises(SourceError, match="not in the local cache") as caught:
+        with pytest.raises(SourceError, match=r"neither a folder here nor \(all\) in the local cache") as caught:
             surgery.plan("acme/revised", rank=2, revision=revision)
         assert f"hf download acme/revised --revision {revision}" in str(caught.value)
 

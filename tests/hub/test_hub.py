@@ -204,7 +204,7 @@ def test_offline_works_from_the_cache_and_says_so_without(hub: LoopbackHub, llam
 
     missing = _run("acme/never-fetched", tmp_path / "x", HF_HUB_OFFLINE="1")
     assert missing.returncode == 1
-    assert "not in the local cache" in missing.stderr
+    assert "acme/never-fetched is neither a folder here nor (all) in the local cache" in missing.stderr
     assert "unset HF_HUB_OFFLINE" in missing.stderr
     assert "Traceback" not in missing.stderr
 
@@ -212,7 +212,8 @@ def test_offline_works_from_the_cache_and_says_so_without(hub: LoopbackHub, llam
 def test_hub_that_is_down(tmp_path: Path) -> None:
     done = _run("acme/down", tmp_path / "x", HF_ENDPOINT="http://127.0.0.1:9")
     assert done.returncode == 1
-    assert "acme/down cannot be reached" in done.stderr
+    assert "acme/down cannot be reached on the hub, and is neither a folder here" in done.stderr
+    assert "if it is a local folder, check the name; else connect" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "x").exists()
 

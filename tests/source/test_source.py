@@ -149,6 +149,7 @@ def test_weights_of_something_else(model: Path, factorized: Path, tmp_path: Path
     with pytest.raises(SourceError, match="holds an adapter and no safetensors weights") as caught:
         _plan(tmp_path / "adapter")
     assert f"surgery factorize {model}" in str(caught.value)
+    assert f"surgery fold FACTORIZED SCALES --lora {tmp_path / 'adapter'}" in str(caught.value)
     kohya = {
         f"lora_unet_down_{i}.{part}": torch.ones(4, 4) for i in range(3) for part in ("lora_down.weight", "lora_up.weight")
     }

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import surgery
 from surgery.errors import FormatError, OptionError, ScalesError
 from surgery.names import TRAINS, Train
+from surgery.progress import Silent
 from tests.families import FAMILIES
 from tests.models import save_llama, tensors_of
 from tests.releases import needs
@@ -226,14 +227,21 @@ def test_a_lora_that_was_trained_on_the_residual(name: str, tmp_path: Path) -> N
         adapted = _continued(family.load(tmp_path / "f"), tmp_path / "a").eval()
         torch.testing.assert_close(family.run(adapted), original, rtol=1e-4, atol=1e-5 * original.abs().max().item())
         adapted.save_pretrained(tmp_path / "untrained")
+        _touch(_trained(adapted)[:1], 0.02)
+        adapted.save_pretrained(tmp_path / "one")
         _touch(_trained(adapted), 0.02)
         expected = family.run(adapted)
     adapted.save_pretrained(tmp_path / "t")
-    report = surgery.merge(tmp_path / "f", tmp_path / "untrained", tmp_path / "same")
-    assert report.tensors == ()
+    said = Silent()
+    report = surgery.merge(tmp_path / "f", tmp_path / "untrained", tmp_path / "same", progress=said)
+    assert (report.tensors, report.restored) == ((), report.shards)
+    assert any(note.endswith("the bytes of the source's: nothing of the adapter has been trained") for note in said.notes)
     assert {file.name: file.read_bytes() for file in (tmp_path / "same").glob("*.safetensors")} == {
         file.name: file.read_bytes() for file in folder.glob("*.safetensors")
     }
+    (changed,) = {one.tensor for one in surgery.merge(tmp_path / "f", tmp_path / "one", tmp_path / "o1").tensors}
+    before, after = tensors_of(folder), tensors_of(tmp_path / "o1")
+    assert [name for name in before if not torch.equal(before[name], after[name])] == [changed]
     report = surgery.merge(tmp_path / "f", tmp_path / "t", tmp_path / "o")
     close: Callable[..., None] = torch.testing.assert_close
     close(family.output(tmp_path / "o"), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item())
@@ -288,9 +296,12 @@ def test_a_lora_of_a_residual_is_merged_nowhere_else(made: Path, tmp_path: Path)
     with pytest.raises(ScalesError, match="did not begin with the factors"):
         surgery.merge(tmp_path / "other", tmp_path / "t", tmp_path / "o2")
     lora = peft.get_peft_model(_load(made / "m"), peft.LoraConfig(r=6, target_modules="all-linear", init_lora_weights=False))
+    lora.peft_config["default"].base_model_name_or_path = str(made / "m")
     lora.save_pretrained(tmp_path / "plain")
-    with pytest.raises(ScalesError, match=r"(?s)did not begin with the factors.*differ from these factors by [1-9]"):
+    with pytest.raises(ScalesError, match=r"(?s)a LoRA of the original.*differ from these factors by [1-9]") as caught:
         surgery.merge(made / "f", tmp_path / "plain", tmp_path / "o3")
+    assert str(caught.value.hint).startswith(f"surgery merge {made / 'm'} {tmp_path / 'plain'}; beside scales")
+    surgery.merge(made / "m", tmp_path / "plain", tmp_path / "works")
     for options in ({"dtype": "float32"}, {"weights": [0.5]}):
         with pytest.raises(OptionError, match="is a factorized checkpoint"):
             surgery.merge(made / "f", tmp_path / "t", tmp_path / "o4", **options)

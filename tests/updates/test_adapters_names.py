@@ -256,22 +256,41 @@ def test_tied_embeddings(options: dict[str, Any], is_stored_twice: bool, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "message"),
     [
-        {"target_modules": ["embed_tokens"]},
-        {"target_modules": ["lm_head"]},
-        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-        {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
-        {"target_modules": ["embed_tokens", "lm_head"]},
-        {"target_modules": ["embed_tokens", "lm_head"], "use_dora": True},
+        ({"target_modules": ["embed_tokens"]}, "whose weight several modules share"),
+        ({"target_modules": ["lm_head"]}, "whose weight several modules share"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}, "whose weight several modules share"),
+        ({"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}, "share one weight(.|\n)*different"),
+        ({"target_modules": ["embed_tokens", "lm_head"]}, "share one weight(.|\n)*different numbers"),
+        ({"target_modules": ["embed_tokens", "lm_head"], "use_dora": True}, "share one weight(.|\n)*DoRA"),
     ],
     ids=range(6),
 )
-def test_a_tied_embedding_of_which_one_side_was_trained(options: dict[str, Any], tmp_path: Path) -> None:
+def test_a_tied_embedding_whose_sides_were_trained_apart(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "m", torch.float32, tie_word_embeddings=True)
     adapter = adapt(hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), tmp_path / "lora", **options)
-    with pytest.raises(OptionError, match="whose weight several modules share"):
+    with pytest.raises(OptionError, match=message):
         update_of(folder, adapter)
+
+
+@needs("peft", ">=0.21", "a cast of tied LoRAs one by one")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_tied_lora_that_was_trained(dtype: torch.dtype, tmp_path: Path) -> None:
+    """What docs/merging.md says of PEFT: in half precision the two LoRAs are trained apart, and cannot be merged."""
+    folder = save_llama(tmp_path / "m", dtype, tie_word_embeddings=True)
+    options = {"target_modules": ["embed_tokens"], "ensure_weight_tying": True, "init_lora_weights": False}
+    model = peft.get_peft_model(hf.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype), peft.LoraConfig(**options))
+    optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=0.1)
+    ids = torch.tensor([[3, 5, 7, 9]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    model.save_pretrained(tmp_path / "a")
+    if dtype == torch.float32:
+        assert update_of(folder, tmp_path / "a").changed.keys() == {"model.embed_tokens.weight"}
+    else:
+        with pytest.raises(OptionError, match=r"share one weight(.|\n)*loaded in float32"):
+            update_of(folder, tmp_path / "a")
 
 
 def test_a_sum_of_several_with_weights(tmp_path: Path) -> None:

@@ -202,11 +202,13 @@ def test_files_that_are_not_there_or_no_files(model: Path, tmp_path: Path) -> No
     weights = adapter / "adapter_model.safetensors"
     for given, hint in (
         (weights, f"give its folder, {adapter}"),
-        (tmp_path / "owner/name", "hf download ID"),
+        (model, "surgery merge takes the model first"),
     ):
         with pytest.raises(SourceError, match=r"there is no adapter_config\.json") as caught:
             update_of(model, given)
         assert hint in str(caught.value.hint)
+    with pytest.raises(SourceError, match=r"there is no folder .*owner/name(.|\n)*check the name.*hf download ID"):
+        update_of(model, tmp_path / "owner/name")
     whole = weights.read_bytes()
     weights.write_bytes(b"")
     with pytest.raises(FormatError, match="is an empty file"):
@@ -253,9 +255,20 @@ def test_rows_of_tokens(model: Path, tmp_path: Path) -> None:
         update_of(model, _configured(tokens, trainable_token_indices=[1, 50]))
 
 
-def test_a_bias_that_the_module_lacks(model: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=r"the adapter changes 'model\.layers\.0\.self_attn\.o_proj\.bias', which is no"):
-        update_of(model, _adapter(model, tmp_path / "lora", lora_bias=True))
+@pytest.mark.parametrize("prefix", ["", "x."])
+def test_a_bias_that_the_module_lacks(prefix: str, tmp_path: Path) -> None:
+    """PEFT does not merge it either; of Qwen2-MoE only q, k and v have biases."""
+    folder = FAMILIES["qwen2_moe"].save(tmp_path / "m")
+    adapted = adapt(FAMILIES["qwen2_moe"].load(folder), tmp_path / "a", target_modules=["q_proj", "o_proj"], lora_bias=True)
+    with pytest.raises(RuntimeError, match="base layer has no bias"):
+        peft.PeftModel.from_pretrained(FAMILIES["qwen2_moe"].load(folder), str(adapted)).merge_and_unload()
+    tensors = load_file(adapted / "adapter_model.safetensors")
+    given = {name.replace("base_model.model.", f"base_model.model.{prefix}"): tensor for name, tensor in tensors.items()}
+    save_file(given, adapted / "adapter_model.safetensors")
+    with pytest.raises(OptionError, match=r"the bias of '(x\.)?model\.layers\.0\.self_attn\.o_proj', a layer that has no bias"):
+        update_of(folder, adapted)
+    with pytest.raises(OptionError, match="is no module with a weight"):  # nothing of it is there
+        update_of(FAMILIES["gpt2"].save(tmp_path / "other"), adapted)
 
 
 def test_a_convolution_in_groups(tmp_path: Path) -> None:

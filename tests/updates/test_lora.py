@@ -202,8 +202,11 @@ def test_adapters_that_cannot_be_folded(llama: Path, tmp_path: Path) -> None:
     fresh = transformers.AutoModelForCausalLM.from_pretrained(llama)
     with pytest.raises(SourceError, match=r"there is no adapter_config\.json"):
         surgery.fold(tmp_path / "f", scales, tmp_path / "o", lora=llama)
-    for given, hint in ((llama / "config.json", str(llama)), ("owner/adapter", "hf download ID --local-dir")):
-        with pytest.raises(SourceError, match=r"there is no adapter_config\.json") as caught:
+    for given, what, hint in (
+        (llama / "config.json", r"there is no adapter_config\.json", str(llama)),
+        ("owner/adapter", "there is no folder owner/adapter", "hf download ID --local-dir"),
+    ):
+        with pytest.raises(SourceError, match=what) as caught:
             surgery.fold(tmp_path / "f", scales, tmp_path / "o", lora=given)
         assert hint in str(caught.value.hint)
     _with_lora(fresh, ["o_proj"]).save_pretrained(tmp_path / "old")

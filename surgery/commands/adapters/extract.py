@@ -10,6 +10,7 @@ import torch
 
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, few
+from surgery.escapes import quoted
 from surgery.extraction.extraction import Extraction, ExtractOptions
 from surgery.extraction.jobs import ExtractJobs
 from surgery.extraction.matrices import Extracting
@@ -27,6 +28,7 @@ from surgery.reports import Report
 from surgery.run.engines import EngineName, EngineOptions, LocalEngine, float64_device
 from surgery.run.run import Run
 from surgery.source.component import component_of, config_folder
+from surgery.source.no_model import OnlyAdapter
 from surgery.source.open import open_part, open_source
 from surgery.source.protocol import Source
 from surgery.timing import Timing
@@ -294,10 +296,18 @@ def _opened(
 ) -> tuple[Source, Source]:
     """The two models; ``streams`` is the output folder and how many weight files of each may be on the disk at a time."""
     source = open_source(base, revision=revisions[0], subfolder=subfolder)
-    if revisions[1] is None:
-        other = open_part(tuned, source.record.subfolder)
-    else:
-        other = open_source(tuned, revision=revisions[1], subfolder=subfolder)
+    try:
+        if revisions[1] is None:
+            other = open_part(tuned, source.record.subfolder)
+        else:
+            other = open_source(tuned, revision=revisions[1], subfolder=subfolder)
+    except OnlyAdapter as error:
+        given = error.base if error.base != OnlyAdapter.base else quoted(base)
+        error.hint = (
+            f"TUNED must be a model, and this is an adapter already: surgery resize changes its rank. surgery merge {given} "
+            f"{quoted(tuned)} -o merged makes a model of it"
+        )
+        raise
     if streams is None:
         return source, other
     from surgery.source.stream import streamed  # the hub client is slow to import

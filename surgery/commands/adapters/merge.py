@@ -19,7 +19,7 @@ from surgery.files.file_records import FileRecord, file_sha256
 from surgery.format.manifest import Manifest
 from surgery.format.scales.no_scales import adapters_below
 from surgery.lossless.update import Rounding
-from surgery.names import DTYPES, MANIFEST_FILE, STREAM_DIR, Dtype
+from surgery.names import ADAPTER_CONFIG, CONFIG_FILE, DTYPES, MANIFEST_FILE, STREAM_DIR, Dtype
 from surgery.progress import Progress, listening, phase
 from surgery.publish.results import publish_merged, submit_files
 from surgery.reports import Report
@@ -29,6 +29,7 @@ from surgery.run.run import Run
 from surgery.run.written_model import FileAlong, WrittenModel
 from surgery.shards.fold_jobs import FoldJobs
 from surgery.shards.fold_shard import FoldedShard, FoldPlaces
+from surgery.source.no_model import OnlyAdapter
 from surgery.source.open import open_source
 from surgery.source.protocol import Source
 from surgery.timing import Timing
@@ -136,7 +137,7 @@ def plan_merge(
     if (Path(model) / MANIFEST_FILE).is_file():
         raise OptionError(f"{model} is a factorized checkpoint, for which merge has no dry run", hint="merge without a dry run")
     by = LocalEngine(float64_device(str(device)), max_memory, max_device_memory)
-    merging = Merging(open_source(model, revision=revision, subfolder=subfolder), options)
+    merging = Merging(_opened(model, options, revision, subfolder), options)
     with merging.checkpoint:
         return _plan(merging, merging.memory(by.resources))
 
@@ -219,7 +220,7 @@ def merge(
         return _as_merged(fold(model, adapter, out, **given))
     with Run(out) as run:
         by = run.start_engine(EngineOptions(engine, float64_device(str(device)), max_memory, max_device_memory, timing))
-        source = open_source(model, revision=revision, subfolder=subfolder)
+        source = _opened(model, options, revision, subfolder)
         if stream:
             from surgery.source.stream import streamed  # the hub client is slow to import
 
@@ -252,6 +253,19 @@ def merge(
     return report
 
 
+def _opened(model: str | Path, options: MergeOptions, revision: str | None, subfolder: str | None) -> Source:
+    """The model; one that is an adapter has been given in the wrong place, or the model is not given at all."""
+    try:
+        return open_source(model, revision=revision, subfolder=subfolder)
+    except OnlyAdapter as error:
+        given = [path for path, _ in options.adapters]
+        models = [one for one in given if (one / CONFIG_FILE).is_file() and not (one / ADAPTER_CONFIG).is_file()]
+        first = quoted(models[0]) if models else error.base
+        others = [quoted(one) for one in (model, *given) if one not in models[:1]]
+        error.hint = f"the model comes first, then the adapters: surgery merge {' '.join([first, *others])}"
+        raise
+
+
 def _only_adapter(model: Path, options: MergeOptions, *, revision: str | None, subfolder: str | None) -> Path:
     """The adapter that is merged into the residual of a factorized folder, where nothing else can be asked for."""
     if Manifest.read(model).layout != "residual":
@@ -280,7 +294,7 @@ def _only_adapter(model: Path, options: MergeOptions, *, revision: str | None, s
 
 def _as_merged(report: FoldReport) -> MergeReport:
     names = {field.name for field in fields(MergeReport)} - {"tensors"}
-    return MergeReport(tensors=report.merged, **{name: getattr(report, name) for name in names})
+    return _told(MergeReport(tensors=report.merged, **{name: getattr(report, name) for name in names}))
 
 
 def _publish(run: Run, place: Path, report: MergeReport, written: WrittenModel, merging: Merging) -> None:
@@ -331,19 +345,18 @@ def _plan(merging: Merging, memory: Memory) -> MergePlan:
 
 
 def _report(out: Path, results: Sequence[FoldedShard], merging: Merging) -> MergeReport:
-    """The report from the results of all shards, with a note if rounding has lost much of the update."""
+    """The report from the results of all shards, with notes if rounding has lost much of the update, or nothing has changed."""
     writing, files = merging.options.writing, [result.file for result in results]
     kept = KeptSummary.of(one for result in results for one in result.kept)
     is_quantized = bool(merging.checkpoint.weights.quantized) and not writing.to_dense
     if (note := kept.note(writing.rounding, is_quantized=is_quantized)) is not None:
         listening().note(note)
-    unchanged = {file for file, header in merging.headers.items() if merging.dense.keeps(header)}
-    return MergeReport(
+    report = MergeReport(
         out=out,
         files=tuple(files),
         tensors=merging.tensors(one for result in results for one in result.kept),
         shards=len(files),
-        restored=sum(file.file in unchanged for file in files),
+        restored=sum(result.is_as_before for result in results),
         dequantized=writing.to_dense,
         kept=kept.share,
         kept_least=kept.least,
@@ -351,3 +364,17 @@ def _report(out: Path, results: Sequence[FoldedShard], merging: Merging) -> Merg
         error=kept.error,
         bytes_written=sum(file.size for file in files),
     )
+    return _told(report)
+
+
+def _told(report: MergeReport) -> MergeReport:
+    """The report, with a note if the weights that were written are those of the source."""
+    if report.restored == report.shards:
+        if not report.tensors:
+            why = "nothing of the adapter has been trained"
+        elif report.kept is None:
+            why = "the adapter replaces tensors with what they are already"
+        else:
+            why = "rounding undid the update"
+        listening().note(f"all weight files have the bytes of the source's: {why}")
+    return report

@@ -78,6 +78,13 @@ class AdapterContent:
     rounded: Sequence[str] = ()
 
 
+def changes_nothing(where: str, got: str) -> OptionError:
+    """The error for an adapter without any effect; ``got`` is what it holds."""
+    return OptionError(
+        f"{where}: an adapter that changes nothing", got=got, hint="give the adapter that was saved after the training"
+    )
+
+
 def read_numbers(reader: ShardReader, entry: TensorEntry, hint: str) -> torch.Tensor:
     """A tensor of an adapter, float32, on the CPU.
 

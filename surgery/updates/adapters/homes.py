@@ -186,6 +186,8 @@ class Homes:
                     return {name: home for name, home in renamed.items() if home is not None}
                 names = in_model
         if len(found) < len(wanted):
+            if (error := self._without_bias(wanted, where)) is not None:
+                raise error
             raise self._misfit([name for name in wanted if name not in found], names, wanted, where)
         return {name: self._looked_at(home, wanted[name]) for name, home in found.items()}
 
@@ -229,6 +231,30 @@ class Homes:
                     f"{others[0][0]!r} is taken for {others[0][1]!r}"
                 )
         return names, all_of_it
+
+    def _without_bias(self, wanted: Mapping[str, Wanted], where: str) -> OptionError | None:
+        """The error if all that an adapter names is there but for biases, which the modules do not have; None if it is not."""
+        biases = [name for name in wanted if name.endswith(".bias")]
+        rest = {name: one for name, one in wanted.items() if name not in biases}
+        if not biases or not rest:
+            return None
+        try:
+            homes = self.find(rest, where)
+        except OptionError:
+            return None
+        for name in biases:
+            module = name.removesuffix(".bias")
+            home = homes.get(f"{module}.weight")
+            there = f"{module if home is None else home.parameter.removesuffix('.weight')}.bias"
+            if self.named(there) is None and (self.model is None or self.in_model(there) is None):
+                return OptionError(
+                    f"{where}: the adapter changes the bias of {module!r}, a layer that has no bias in this checkpoint",
+                    got=repr(name),
+                    expected="biases of layers that have one",
+                    hint="merge onto the model that the adapter was trained on, if its layers have biases. PEFT does not merge "
+                    "a lora_bias without one either: load the adapter beside the model with PEFT, or train without lora_bias",
+                )
+        return None
 
     def _misfit(self, lacking: Sequence[str], names: NameMap, wanted: Mapping[str, Wanted], where: str) -> OptionError:
         name = lacking[0]

@@ -25,6 +25,7 @@ from surgery.names import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     ATTACHED_NAME,
+    CONFIG_FILE,
     PEFT_PREFIX,
     PICKLED_ADAPTER,
     RESIDUAL_OF,
@@ -32,7 +33,7 @@ from surgery.names import (
     TINYLORA,
 )
 from surgery.progress import note
-from surgery.updates.adapters.content import AdapterContent, ModuleUpdate, checked_halves, read_numbers
+from surgery.updates.adapters.content import AdapterContent, ModuleUpdate, changes_nothing, checked_halves, read_numbers
 from surgery.updates.adapters.patterns import ByModule
 from surgery.updates.changes import ReplacedRows, StoredTensor
 
@@ -102,7 +103,8 @@ def check_adapter_files(folder: Path, expected: str) -> None:
     """Refuse a folder without the files of an adapter of PEFT. Raises SourceError."""
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (folder / name).is_file():
-            raise SourceError(f"there is no {name} in {folder}", expected=expected, hint=_how_to_have_it(folder))
+            what = f"there is no {name} in {folder}" if folder.exists() else f"there is no folder {folder}"
+            raise SourceError(what, expected=expected, hint=_how_to_have_it(folder))
 
 
 def _how_to_have_it(folder: Path) -> str | None:
@@ -110,11 +112,13 @@ def _how_to_have_it(folder: Path) -> str | None:
     if folder.is_file():
         return f"give its folder, {quoted(folder.parent)}"
     if not folder.is_dir():
-        return "give a folder of this machine; hf download ID --local-dir FOLDER fetches an adapter of the hub into one"
+        return "check the name; for an adapter of the hub: hf download ID --local-dir FOLDER fetches it into a folder"
     if (folder / PICKLED_ADAPTER).is_file():
         return f"load it with PEFT, which reads {PICKLED_ADAPTER}, and save it again: save_pretrained writes {ADAPTER_WEIGHTS}"
     if below := adapters_below(folder):
         return f"give the one that is meant of the adapters in it, such as {quoted(below[-1])}"
+    if (folder / CONFIG_FILE).is_file():
+        return "this is the folder of a model: surgery merge takes the model first, then the adapters"
     if list(folder.glob("adapter_model-*-of-*.safetensors")):
         return f"it is in several files, which PEFT does not read either: put all their tensors into one {ADAPTER_WEIGHTS}"
     return None
@@ -208,7 +212,7 @@ class _PeftFile:
         for entry in self._reader.header.tensors:
             self._take(entry, bare_name(entry.name))
         if not (self._halves or self._copied or self._tokens):
-            raise OptionError(f"{self._folder} is an adapter that changes nothing", got="no tensors that change a weight")
+            raise changes_nothing(str(self._folder), "no tensors that change a weight")
         self._check_complete()
         if self._config.get("bias") == "lora_only" and not any(name.endswith(".bias") for name in self._copied):
             note(

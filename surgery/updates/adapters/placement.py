@@ -10,7 +10,7 @@ import torch
 from surgery.errors import OptionError, few
 from surgery.format.safetensors import ShardReader, same_bytes
 from surgery.models.placement import Place, TensorPart
-from surgery.updates.adapters.content import AdapterContent, ModuleUpdate
+from surgery.updates.adapters.content import AdapterContent, ModuleUpdate, changes_nothing
 from surgery.updates.adapters.experts import places_in_stacks
 from surgery.updates.adapters.geometry import (
     Sides,
@@ -26,6 +26,12 @@ from surgery.updates.adapters.geometry import (
 from surgery.updates.adapters.homes import Home, Homes
 from surgery.updates.adapters.stacks import sides_of_stacks
 from surgery.updates.changes import LowRankPart, ReplacedRows, StoredTensor, TensorChange
+
+#: PEFT 0.21 makes one LoRA of both, and then casts each half of it to float32 by itself if the model is in half precision.
+_HOW_TO_TIE = (
+    "load the adapter beside the model with PEFT; to merge it, train it on a model that was untied before, or with "
+    "ensure_weight_tying on one loaded in float32 (in half precision PEFT trains two LoRAs of their own)"
+)
 
 
 @dataclass(slots=True)
@@ -73,6 +79,11 @@ def placed(content: AdapterContent, homes: Homes, shapes: Mapping[str, Sequence[
         MissingExtra, SourceError: see ``surgery.models.skeleton``.
     """
     return _Placing(content, homes, shapes, weight).all()
+
+
+def _module(name: str) -> str:
+    """The module of a weight, quoted."""
+    return repr(name.removesuffix(".weight"))
 
 
 class _Placing:
@@ -130,7 +141,7 @@ class _Placing:
                 raise OptionError(f"{where}: the adapter both replaces and adds to {tensor!r}")
         changes = {tensor: change for tensor, change in changes.items() if not is_nothing(change)}
         if not changes:
-            raise OptionError(f"{where}: an adapter that changes nothing", got="only zeros in all of its matrices B")
+            raise changes_nothing(where, "only zeros in all of its matrices B")
         account = {source: tuple(dict.fromkeys(to)) for source, to in self._account.items()}
         return PlacedAdapter(changes, account)
 
@@ -160,13 +171,20 @@ class _Placing:
             first, *others = several
             if all(name.removesuffix(".weight") in self._content.tokens for name in several):
                 continue  # PEFT trains the rows of all that are tied
-            if len(several) < len(layers) or not all(self._alike(by_name, first, other) for other in others):
+            if len(several) == len(layers) and not all(self._alike(by_name, first, other) for other in others):
                 raise OptionError(
-                    f"{self._content.where}: the adapter changes {first.removesuffix('.weight')!r}, whose weight several "
-                    "modules share",
+                    f"{self._content.where}: the adapter changes {few(map(_module, several), between=' and ')}, which share "
+                    "one weight, in ways that do not fit together",
+                    got="DoRA" if any(one.magnitude is not None for one in self._content.updates) else "different numbers",
+                    expected="the same plain LoRA, or the same copy, for all that share it",
+                    hint=_HOW_TO_TIE,
+                )
+            if len(several) < len(layers):
+                raise OptionError(
+                    f"{self._content.where}: the adapter changes {_module(first)}, whose weight several modules share",
                     got=[type(layer.module).__name__ for layer in layers],
                     expected="a weight of its own, or the same change of all that share it, as with ensure_weight_tying",
-                    hint="untie the model before it is adapted, or load the adapter beside it with PEFT",
+                    hint=_HOW_TO_TIE,
                 )
             # With a tensor of its own for another name, both are changed.
             self._tied.update(other for other in others if found[other].parameter == home.parameter)
