@@ -101,7 +101,7 @@ def tell_what_is_missing(report: ExtractReport) -> None:
         note(
             f"{len(resized)} tensor{'s have' if len(resized) > 1 else ' has'} another shape in the tuned model: "
             f"{few(shapes, between='; ')}; nothing of that is in the adapter, neither the change of the common part nor "
-            "what is beyond it, and a merge leaves these tensors as they are"
+            f"what is beyond it, and a merge leaves {'these tensors' if len(resized) > 1 else 'it'} as before"
         )
     if gone := [one.tensor for one in report.others if one.fate == "gone"]:
         note(f"not in the tuned model, of the tensors of the base: {few(gone)}; a merge leaves them as they are")

@@ -124,7 +124,7 @@ def merge(
         return
     if timing is not None:
         click.echo(profile_text(timing, seconds))
-    if not quiet:
+    if report.tensors and not quiet:
         click.echo(table_of_merged(report.tensors))
     say(f"{whole(out)}: {_outcome(report)}; {size(report.bytes_written)} in {seconds:.1f} s", quiet=quiet)
 
