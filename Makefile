@@ -28,7 +28,7 @@ NAMES_ONLY := --config-file= --check-untyped-defs --ignore-missing-imports --fol
 	--disable-error-code=arg-type --disable-error-code=assignment --disable-error-code=call-overload \
 	--disable-error-code=index --disable-error-code=misc --disable-error-code=var-annotated
 
-check: $(VENV)/check.done
+check: $(VENV)/test.done $(VENV)/check.done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
