@@ -10,11 +10,11 @@ results: stopped, the same command continues. The order of methods is that of ta
 
 Each method is tuned: its learning rate is that of the grid 1, 3 times powers of ten whose neighbours are both worse, by the
 loss on the part of the data that is for tuning, with a seed of its own. A LoRA of few numbers chooses its modules in the same
-way, at the first rate. Then it is trained with at least three more seeds,
-which set the order of the data, the same for all methods, an adapter's start, and directions where they are random; these are
-measured on the part for reporting. Adam, the rate rising over a tenth of the steps and then falling as a cosine, float32, no
-dropout. The encoder's classifier is logistic regression on the embeddings of the untouched model (``none``). It stays as it
-is, so that nothing but the numbers of the method is trained.
+way, at the first rate. Then it is trained with at least three more seeds, which set the order of the data, the same for all
+methods, an adapter's start, and directions where they are random; these are measured on the part for reporting. Adam, the rate
+rising over a tenth of the steps and then falling as a cosine, float32, no dropout. The encoder's classifier is logistic
+regression on the embeddings of the untouched model (``none``). It stays as it is, so that nothing but the numbers of the
+method is trained.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Done:
     """One run, as a line of results.
 
     Attributes:
-        data: the beginning of the sha256 of the texts: an index of packages is that of its day. None where it was not noted.
+        data: the beginning of the sha256 of the texts: an index of packages changes with the release.
         trainable: numbers.
         tuned: loss on the part for tuning.
         loss, accuracy: on the part for reporting; None for a run that tunes.
@@ -73,7 +73,7 @@ class Done:
     """
 
     task: str
-    data: str | None
+    data: str
     method: str
     rate: float
     seed: int
@@ -115,7 +115,7 @@ def train(task: Task, method: Method, run: Run, folder: Path) -> Done:
     torch.manual_seed(seed)
     model = task.load(folder)
     factors = factorized_folder(task, folder) / str(method.factorized)
-    trained, saves = prepare(model, method, method.placements[run.placement] or task.linears, factors, seed)
+    trained, saves = prepare(model, method, list(method.placements[run.placement]) or task.linears, factors, seed)
     if method.keep:
         for loss in itertools.islice(task.batches(folder, seed), CHOOSING):
             loss(model).backward()
@@ -259,9 +259,10 @@ def run_all(args: argparse.Namespace) -> None:
 
 
 def tables(results: list[Done]) -> Iterator[str]:
-    """Markdown, a table for each task."""
+    """Markdown, a table for each task, of the texts of its last run."""
+    data = {one.task: one.data for one in results}
     for name in TASKS:
-        of_task = list(_reported([one for one in results if one.task == name]))
+        of_task = list(_reported([one for one in results if one.task == name and one.data == data[name]]))
         if not of_task:
             continue
         full = [one.seconds for one in of_task if one.method == "full fine-tuning"]

@@ -100,19 +100,19 @@ SMOLLM2 = tuple(
 
 
 def prepare(
-    model: Any, method: Method, linears: str | tuple[str, ...], factorized: Path, seed: int
+    model: Any, method: Method, linears: list[str] | str, factorized: Path, seed: int
 ) -> tuple[list[torch.nn.Parameter], Any]:
     """What of a model is trained, and the ``Scales`` or the PEFT model that saves it.
 
     Args:
         model: a module with the model itself as its ``backbone``, which is changed.
-        linears: that a LoRA is put on, as an expression or by name.
+        linears: the layers that a LoRA is put on, as PEFT takes them.
         factorized: the model at the rank of the method.
         seed: of directions that are random.
     """
     backbone, saves = model.backbone, None
     if method.kind in ("lora", "pissa", "dora"):
-        saves = model.backbone = with_adapter(backbone, method, linears if isinstance(linears, str) else list(linears), seed)
+        saves = model.backbone = with_adapter(backbone, method, linears, seed)
         if method.scales:
             surgery.attach(backbone, factorized)
     elif method.kind == "full":

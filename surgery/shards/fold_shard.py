@@ -125,11 +125,11 @@ class ShardFold:
                 sink = HashSink()
                 kept, source = self._write(reader, sink, lane, on_read)
                 record = FileRecord(file, self.dense.size(reader.header), sink.sha256)
-                return FoldedShard(record, kept, record.sha256 == source)
-            with FileWriter(self.places.place / file, partial) as writer:
-                kept, source = self._write(reader, writer, lane, on_read)
-                record = writer.commit(file)
-                return FoldedShard(record, kept, record.sha256 == source)
+            else:
+                with FileWriter(self.places.place / file, partial) as writer:
+                    kept, source = self._write(reader, writer, lane, on_read)
+                    record = writer.commit(file)
+            return FoldedShard(record, kept, record.sha256 == source)
 
     def _write(
         self, reader: ShardReader, writer: FileWriter | HashSink, lane: Lane, on_read: Callable[[], object]
