@@ -22,7 +22,9 @@ from surgery.lossless.factors import Factors
 from surgery.memory import bytes_of
 from surgery.names import correction_key, factor_key
 
-DAMAGED_HINT = "factorize again: the file is damaged"
+#: What to do about a file that is not as the manifest records it, and about one that was damaged before it was recorded.
+DAMAGED_HINT = "surgery verify FACTORIZED --repair --base MODEL makes the file again from the original model"
+RECORDED_DAMAGED_HINT = "factorize again: what the file holds is damaged"
 
 
 class FactorsHash:

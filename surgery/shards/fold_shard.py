@@ -14,7 +14,7 @@ from surgery.engine.walk import Piece, ShardWalk, TargetPiece
 from surgery.errors import FormatError
 from surgery.files.file_records import FileRecord
 from surgery.files.file_writer import FileWriter, HashSink
-from surgery.format.factors import DAMAGED_HINT
+from surgery.format.factors import RECORDED_DAMAGED_HINT
 from surgery.format.safetensors import ShardReader
 from surgery.memory import bytes_of
 from surgery.names import PARTIALS_DIR
@@ -166,5 +166,5 @@ class ShardFold:
         weights.check(shard.file, walk.sha256)
         source = shard.sha256 or walk.sha256
         if header == reader.header.raw and dense.keeps(reader.header) and writer.sha256 != source:
-            raise FormatError(f"{path}: untouched weights do not give the source back", hint=DAMAGED_HINT)
+            raise FormatError(f"{path}: untouched weights do not give the source back", hint=RECORDED_DAMAGED_HINT)
         return list(total.kept.values()), source

@@ -10,7 +10,7 @@ import torch
 
 from surgery.device import as_memory_allows
 from surgery.errors import FormatError
-from surgery.format.factors import DAMAGED_HINT, FactorsReader
+from surgery.format.factors import RECORDED_DAMAGED_HINT, FactorsReader
 from surgery.format.manifest_records import TargetRecord
 from surgery.lossless.correction import CorruptCorrection
 from surgery.lossless.factors import Addition, Factors
@@ -182,4 +182,4 @@ def _correction_errors(target: TargetRecord) -> Iterator[None]:
         yield
     except CorruptCorrection as error:
         what = f"{target.shard}: the correction of {target.key!r} is damaged ({error})"
-        raise FormatError(what, hint=DAMAGED_HINT) from error
+        raise FormatError(what, hint=RECORDED_DAMAGED_HINT) from error
