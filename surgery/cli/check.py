@@ -16,6 +16,7 @@ from surgery.cli.printing import print_json
 from surgery.cli.tables import table
 from surgery.cli.text import fitted, say, whole
 from surgery.errors import OptionError
+from surgery.escapes import quoted
 from surgery.progress import phase
 
 # Modules that import torch are imported inside the commands: --help must not wait for them.
@@ -148,6 +149,7 @@ def verify(
         return
     with phase(bar, "starting"):
         from surgery.commands import verify as operation
+        from surgery.shards.failures import FILE_CHECKS
 
     start = time.perf_counter()
     report = operation.verify(factorized, base=base, fast=fast, prove=prove, repair=repair, **chosen, progress=bar)
@@ -162,10 +164,14 @@ def verify(
         say(f"not checked: {note}", quiet=quiet)
     if report.top_k is not None:
         say(top_k_text(report.top_k), quiet=quiet)
-    outcome = "all is as the manifest says" if report.ok else f"{len(report.failures)} checks failed"
+    found = "what was checked is as the manifest says" if report.unchecked else "all is as the manifest says"
+    outcome = found if report.ok else f"{len(report.failures)} checks failed"
     seconds = time.perf_counter() - start
     say(f"{whole(factorized)}: {outcome}; {report.files} files, {report.targets} targets in {seconds:.1f} s", quiet=quiet)
     if not report.ok:
+        if not repair and any(failure.check in FILE_CHECKS for failure in report.failures):
+            command = f"surgery verify {quoted(factorized)} --repair --base MODEL"
+            say(f"the original model can repair it: {whole(command)}", quiet=quiet)
         raise SystemExit(3)
 
 

@@ -74,7 +74,7 @@ def source_to_repair_from(manifest: Manifest, base: str | Path | None) -> Source
     if base is None:
         raise OptionError(
             "--repair needs the model that was factorized, and the manifest does not say where that is",
-            expected="--base MODEL: what is missing in residuals and factors is in no other file of the checkpoint",
+            hint="--base MODEL: damaged files are made again from it, or copied",
         )
     return open_base(base, manifest)
 

@@ -91,11 +91,12 @@ def connected(device: str) -> Iterator[Cluster]:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         try:
             ray.init(log_to_driver=False, logging_level="ERROR", include_dashboard=False)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+        except Exception as error:  # Ray raises a bare Exception where a cluster of this machine does not start in time
             raise ClusterError(
-                "the Ray cluster cannot be reached",
+                "the Ray cluster cannot be reached, or started on this machine",
                 got=str(error)[:300],
-                hint="check RAY_ADDRESS, and that ray status works here",
+                hint="for a cluster that runs, check RAY_ADDRESS, and that ray status works here; "
+                "for one of this machine, end other programs and try again, or leave --engine ray out",
             ) from error
     try:
         yield _cluster(ray, device)

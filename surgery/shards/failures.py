@@ -12,6 +12,9 @@ from surgery.files.watch import Watch
 from surgery.format.manifest import Manifest
 from surgery.weights.protocol import Weights
 
+#: The checks that a damaged or missing file fails, which ``verify --repair`` may make again.
+FILE_CHECKS = IS_THERE, SIZE, SHA256 = "the file is there", "size", "sha256"
+
 
 @dataclass(frozen=True, slots=True)
 class Failure:
@@ -68,16 +71,16 @@ def check_recorded_file(folder: Path, record: FileRecord, watch: Watch, failures
         Whether the file can be read and has its size.
     """
     path = folder / record.file
-    if not failures.expect(path.is_file(), record.file, "the file is there", "nothing"):
+    if not failures.expect(path.is_file(), record.file, IS_THERE, "nothing"):
         return False
     try:
         size = watch.see(path, record.file).size
-        if not failures.expect(size == record.size, record.file, "size", size, record.size):
+        if not failures.expect(size == record.size, record.file, SIZE, size, record.size):
             return False
         if hashed:
             with read_errors(path, record.file):
                 found = file_sha256(path)
-            return failures.expect(found == record.sha256, record.file, "sha256", found, record.sha256)
+            return failures.expect(found == record.sha256, record.file, SHA256, found, record.sha256)
     except SurgeryError as error:
         failures.fail(record.file, error)
         return False

@@ -26,7 +26,7 @@ from surgery.lossless.correction import CorruptCorrection
 from surgery.lossless.split import split
 from surgery.memory import bytes_of
 from surgery.progress import Progress
-from surgery.shards.failures import CheckedCheckpoint, Failure, Failures, check_recorded_file
+from surgery.shards.failures import SHA256, CheckedCheckpoint, Failure, Failures, check_recorded_file
 from surgery.shards.verify_headers import check_headers
 from surgery.shards.verify_target import CheckedTarget, MeasuredMatrix, factors_found
 from surgery.weights.matrix import stored_residual
@@ -199,7 +199,7 @@ class _WeightsCheck:
         for parts in self._by_name.values():
             for checked in parts:
                 checked.conclude(path.name, failures, is_recovered=own)
-        where = "sha256" if own else "sha256 of the base"
+        where = SHA256 if own else "sha256 of the base"
         failures.expect(walk.sha256 == expected.sha256, path.name, where, walk.sha256, expected.sha256)
         if own:
             found, original = recovered.hexdigest(), shard.source.sha256

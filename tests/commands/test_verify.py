@@ -209,9 +209,12 @@ def test_command_has_its_own_exit_code_and_a_table(folder: Path) -> None:
     done = CliRunner().invoke(main, ["verify", str(folder), "--device", "cpu"])
     assert (done.exit_code, done.stdout) == (0, "")
     assert "all is as the manifest says" in done.stderr
+    done = CliRunner().invoke(main, ["verify", str(folder), "--fast"])
+    assert "what was checked is as the manifest says" in done.stderr
     _flip(folder, "surgery/factors-*")
     done = CliRunner().invoke(main, ["verify", str(folder), "--fast"])
     assert done.exit_code == 3
+    assert f"surgery verify {folder} --repair --base MODEL" in done.stderr
     assert "factors-00001" in done.stdout
     done = CliRunner().invoke(main, ["verify", str(folder), "--fast", "--json"])
     assert done.exit_code == 3

@@ -89,5 +89,13 @@ def test_refusals(llama: Path, tmp_path: Path) -> None:
     ):
         changed.setenv("RAY_ADDRESS", "no address")
         surgery.factorize(llama, tmp_path / "f", engine="ray")
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(surgery.errors.ClusterError, match="or started on this machine") as failed,
+        pytest.MonkeyPatch.context() as changed,
+    ):
+        changed.setenv("RAY_TMPDIR", str(tmp_path / "file"))  # Ray has no error of its own for what keeps it from starting
+        surgery.factorize(llama, tmp_path / "f", engine="ray")
+    assert "Not a directory" in str(failed.value)
     with pytest.raises(surgery.errors.OptionError, match="unknown engine"):
         surgery.factorize(llama, tmp_path / "f", engine="slurm")  # type: ignore[arg-type]
