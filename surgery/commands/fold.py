@@ -15,7 +15,7 @@ from surgery.device import on_its_own_terms
 from surgery.engine.sharing import share_out
 from surgery.errors import FormatError, OptionError
 from surgery.files.access import read_errors
-from surgery.files.file_records import RESTORE_HINT, FileRecord, check_size_of, file_sha256, not_as_described
+from surgery.files.file_records import FileRecord, check_size_of, file_sha256, not_as_described
 from surgery.files.json_files import read_json_object
 from surgery.format.factors import DAMAGED_HINT
 from surgery.format.header import TensorEntry
@@ -310,12 +310,12 @@ def _files_along(factorized: Path, manifest: Manifest, progress: Progress) -> li
     for record in manifest.files:
         path = factorized / record.file
         if not path.is_file():
-            raise FormatError(f"{path} is not there", expected="a file that is copied with the weights", hint=RESTORE_HINT)
+            raise FormatError(f"{path} is not there", expected="a file that is copied with the weights", hint=DAMAGED_HINT)
         with read_errors(path):
             found.append(FileRecord(record.file, path.stat().st_size, file_sha256(path)))
         is_inside = factorized.resolve() in path.resolve().parents
         if found[-1] != record and (is_index(record.file) or not is_inside):
-            raise not_as_described(path, found[-1].sha256, record, RESTORE_HINT)
+            raise not_as_described(path, found[-1].sha256, record, DAMAGED_HINT)
     if edited := [now.file for now, before in zip(found, manifest.files, strict=True) if now != before]:
         if CONFIG_FILE in edited:
             read_json_object(factorized / CONFIG_FILE, str(factorized / CONFIG_FILE))

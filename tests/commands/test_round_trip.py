@@ -416,14 +416,18 @@ def factorized(llama: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("victim", ["model-00002*.safetensors", "surgery/factors-00002*.safetensors", "*.index.json"])
-def test_one_flipped_bit_is_noticed(victim: str, factorized: Path, tmp_path: Path) -> None:
+def test_one_flipped_bit_is_noticed(victim: str, factorized: Path, llama: Path, tmp_path: Path) -> None:
+    """And what the error advises helps."""
     (path,) = factorized.glob(victim)
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
-    with pytest.raises(FormatError, match=f"{path.name} is not the file that the manifest describes"):
+    with pytest.raises(FormatError, match=f"{path.name} is not the file that the manifest describes") as failed:
         surgery.fold(factorized, factorized / "surgery/scales.safetensors", tmp_path / "out")
     assert not (tmp_path / "out" / "config.json").exists()
+    assert "surgery verify FACTORIZED --repair --base MODEL" in str(failed.value.hint)
+    surgery.verify(factorized, repair=True, base=llama)
+    assert surgery.fold(factorized, factorized / "surgery/scales.safetensors", tmp_path / "out").restored == 3
 
 
 @pytest.mark.parametrize(
