@@ -169,7 +169,8 @@ def choose(entry: TensorEntry, shard: str, options: Options, model: Model) -> li
     if rule is None or (rule.view is None and not rule.slices):
         parts = own_slices(entry, model.config, options.split)
     elif rule.slices and _wants_split(options, model, rule):
-        parts = slices_of(rule, (m, n), model.config, entry.name)
+        whole = "leave --split out" if options.split else "give --no-split"
+        parts = slices_of(rule, (m, n), model.config, entry.name, whole)
     views = [View(kind, part) for part in parts] or [View(kind)]
     rank, energy = extent(options, rule)
     fates: list[Target | Skipped] = []

@@ -187,6 +187,12 @@ def test_slices_that_do_not_add_up(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="do not add up") as caught:
         planned(folder, rank=4, split=True)
     assert "32 + 24 + 24 for a length of 64" in str(caught.value)
+    assert "leave --split out, or correct the recipe" in str(caught.value)
+    recipe = _recipe(tmp_path, '[[rules]]\nmatch = "*.qkv_proj.weight"\nslices = ["q", "k", "v"]\nsplit = true')
+    with pytest.raises(OptionError, match="do not add up") as caught:
+        planned(folder, rank=4, recipe=recipe)
+    assert "give --no-split, or correct the recipe" in str(caught.value)
+    assert planned(folder, rank=4, recipe=recipe, split=False).targets
     assert planned(folder, rank=4).targets  # as one matrix there is nothing to add up
     (folder / "config.json").write_text(json.dumps({"model_type": "phi3"}))
     with pytest.raises(OptionError, match="does not tell the number of attention heads"):
