@@ -42,6 +42,8 @@ RECIPE_KEYS = ("description", "families", "refines", "narrows", "convolutions", 
 RULE_KEYS = ("match", "regex", "view", "slices", "every", "axis", "split", "rank", "energy", "max_rank", "skip")
 _MAX_BYTES = 1 << 20
 _AXES = {"rows": 0, "columns": 1}
+#: What values of a type are called by those who write TOML.
+_TYPES = {str: "a string, in quotes", bool: "true or false", int: "a whole number", (int, float): "a number"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,11 +176,13 @@ def find_recipe(name: str) -> Recipe:
     path = Path(name)
     if path.is_file():
         return read_recipe(path)
-    looks_like_a_file = path.suffix == ".toml" or len(path.parts) > 1
+    is_path = path.suffix == ".toml" or path.name != name
     raise OptionError(
-        f"there is no recipe {name!r}",
-        expected="a file" if looks_like_a_file else f"a file, or one of {', '.join(builtin_recipes())}",
-        hint=_did_you_mean(path.stem, tuple(builtin_recipes())) or "surgery recipes lists them",
+        f"there is no {'file' if is_path else 'recipe'} {name!r}",
+        expected="the file of a recipe, or the name of a built-in one"
+        if is_path
+        else f"a file, or one of {', '.join(builtin_recipes())}",
+        hint=_did_you_mean(path.stem, tuple(builtin_recipes())) or "surgery recipes lists the built-in ones",
     )
 
 
@@ -310,8 +314,8 @@ def _did_you_mean(word: str, known: tuple[str, ...]) -> str | None:
 
 def _of_type(value: Any, kind: Any, where: str) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
-        raise OptionError(f"{where} has the wrong type", got=repr(value)[:80], expected=names)
+        expected = _TYPES[kind] + (", without quotes" if isinstance(value, str) else "")
+        raise OptionError(f"{where} has the wrong type", got=repr(value)[:80], expected=expected)
     return value
 
 

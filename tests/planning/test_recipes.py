@@ -135,8 +135,11 @@ def test_every_builtin_recipe_can_be_named_and_is_used() -> None:
         ('[[rules]]\nmatch = "*"\nslices = ["query", "key"]\nevery = "group"', "only slices q, k and v", ""),
         ('[[rules]]\nmatch = "*"\nrank = 3\nenergy = 0.5', "contradict each other", ""),
         ('[[rules]]\nmatch = "*"\nrank = 0', "rank must be at least 1", "0"),
-        ('[[rules]]\nmatch = "*"\nrank = "8"', "wrong type", "int"),
-        ('[[rules]]\nmatch = "*"\nrank = true', "wrong type", "int"),
+        ('[[rules]]\nmatch = "*"\nrank = "8"', "wrong type", "expected: a whole number, without quotes\n"),
+        ('[[rules]]\nmatch = "*"\nrank = true', "wrong type", "expected: a whole number\n"),
+        ('[[rules]]\nmatch = "*"\nenergy = "0.5"', "wrong type", "expected: a number, without quotes\n"),
+        ('split = "yes"\n[[rules]]\nmatch = "*"', "wrong type", "expected: true or false, without quotes\n"),
+        ('[[rules]]\nmatch = "*"\nskip = 3', "wrong type", "expected: a string, in quotes\n"),
         ('[[rules]]\nmatch = "*"\nenergy = 1.5', "the energy makes no sense", "1.5"),
         ('[[rules]]\nmatch = "*"\nmax_rank = 8', "max_rank goes with an energy", ""),
         ('[[rules]]\nmatch = "*"\nview = "stak"', "view makes no sense", "did you mean 'stack'?"),
@@ -150,15 +153,19 @@ def test_bad_recipes(text: str, message: str, hint: str, llama: Path, tmp_path: 
     with pytest.raises(OptionError) as caught:
         planned(llama, recipe=_recipe(tmp_path, text))
     assert message in str(caught.value)
-    assert hint in str(caught.value)
+    assert hint in f"{caught.value}\n"
 
 
 def test_recipes_that_are_not_there(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="there is no recipe 'lama'") as caught:
         planned(llama, recipe="lama")
     assert "did you mean 'llama'?" in str(caught.value)
+    with pytest.raises(OptionError, match=r"there is no file '\./nosuch'"):
+        planned(llama, recipe="./nosuch")
     for name in (tmp_path / "nothing.toml", "x" * 5000, "~nobody-of-this-name/x.toml", "null\0byte"):
-        with pytest.raises(SurgeryError, match=r"there is no recipe|can have this path|a user that is not known|name too long"):
+        with pytest.raises(
+            SurgeryError, match=r"there is no (file|recipe)|can have this path|a user that is not known|name too long"
+        ):
             planned(llama, recipe=name)
 
 
