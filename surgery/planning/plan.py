@@ -100,8 +100,7 @@ class Plan(Report):
     def reached(self) -> float:
         """Share of the weights that should be targets and are targets, by number of entries.
 
-        The others are the entries of ``skipped`` with ``wanted``: surgery passes over them because of the way they are
-        stored.
+        The others are the ``entries`` of ``skipped``: surgery passes over them because of the way they are stored.
         """
         return share_reached(self.targets, self.skipped)
 
@@ -240,7 +239,7 @@ def make_plan(
             *index_notes,
             *numbering_notes(stored, config),
             *notes_of_quantization(quantization),
-            *notes_of_plan(options, recipe, every, skipped, names),
+            *notes_of_plan(options, model, every, skipped, names),
             *alias_notes,
         ),
         files_along=len(source.selection.others),

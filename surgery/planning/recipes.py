@@ -1,7 +1,7 @@
 """Recipes: TOML files that say which tensors of a family are factorized, how they are seen, and at which rank.
 
 description = "what it is for"
-families = ["llama"]                 # model_type of config.json; such models take this recipe by themselves
+families = ["llama"]                 # model_type of config.json; such models take a built-in recipe by themselves
 refines = true                       # for these families: what no rule matches is as in a model without recipe
 narrows = false                      # whether rules choose among the targets that the model has without this recipe
 convolutions = false                 # whether the convolutions of blocks are then targets, as their linear layers are
@@ -220,7 +220,7 @@ def read_recipe(path: Path) -> Recipe:
     rules = parsed.get("rules")
     if not isinstance(rules, list) or not rules or not all(isinstance(rule, dict) for rule in rules):
         raise OptionError(f"{where} has no rules", expected="one [[rules]] table or more")
-    return Recipe(
+    recipe = Recipe(
         name=path.stem,
         description=_of_type(parsed.get("description", ""), str, f"{where}: description"),
         families=_strings(families, f"{where}: families"),
@@ -230,6 +230,9 @@ def read_recipe(path: Path) -> Recipe:
         split=_of_type(parsed.get("split", False), bool, f"{where}: split"),
         rules=tuple(_rule(rule, f"{where}, rule {i + 1}") for i, rule in enumerate(rules)),
     )
+    if recipe.convolutions and not recipe.refines:
+        raise OptionError(f"{where}: convolutions goes with refines", hint="refines = true, and families")
+    return recipe
 
 
 def _rule(table: dict[str, Any], where: str) -> Rule:

@@ -143,6 +143,7 @@ def test_every_builtin_recipe_can_be_named_and_is_used() -> None:
         ('[[rules]]\nmatch = "*"\nenergy = 1.5', "the energy makes no sense", "1.5"),
         ('[[rules]]\nmatch = "*"\nmax_rank = 8', "max_rank goes with an energy", ""),
         ('[[rules]]\nmatch = "*"\nview = "stak"', "view makes no sense", "did you mean 'stack'?"),
+        ('convolutions = true\n[[rules]]\nmatch = "*"', "convolutions goes with refines", "refines = true, and families"),
         ('[[rules]]\nmatch = "*"\nslices = ["q"]', "two or more different names", ""),
         ('[[rules]]\nmatch = "*"\nslices = ["q", "q"]', "two or more different names", ""),
         ('[[rules]]\nmatch = "*"\nevery = "group"', "every goes with slices", ""),
@@ -180,6 +181,63 @@ def test_a_rule_of_ones_own_that_matches_nothing_is_noted(llama: Path, tmp_path:
     (note,) = planned(llama, recipe=recipe, rank=4).notes
     assert "rule 2 (*.qq_proj.weight) decides on no tensor" in note
     assert not planned(llama, recipe="llama", rank=4).notes  # of a shipped one some rules are for others
+
+
+@pytest.mark.parametrize(
+    ("rule", "notes"),
+    [
+        (
+            'match = "*.q_proj.weight"\nview = "stack"',
+            ["2 of 6 tensors that the recipe names are passed over: a tensor of shape"],
+        ),
+        ('match = "*norm.weight"', ["5 of 9 tensors that the recipe names are passed over: a vector (norm, bias) (first: "]),
+        ('match = "mtp.*"', ["recipe mine: rule 2 (mtp.*) takes no tensor: multi-token prediction, which loaders leave out"]),
+        ('match = "*.q_proj.weight"\nskip = "as it is"', []),
+    ],
+)
+def test_what_a_rule_names_and_does_not_take_is_noted(rule: str, notes: list[str], llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    save_file({**tensors_of(llama), "mtp.0.up.weight": torch.randn(48, 48)}, folder / "model.safetensors")
+    (folder / "config.json").write_bytes((llama / "config.json").read_bytes())
+    text = f'[[rules]]\nmatch = "*.[kv]_proj.weight"\n[[rules]]\n{rule}'
+    told = planned(folder, recipe=_recipe(tmp_path, text), rank=4).notes
+    assert len(told) == len(notes)
+    assert all(note.startswith(start) for note, start in zip(told, notes, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("keys", "note"),
+    [
+        ("refines = true", "refines decides nothing in a model of the family llama, as there are no families"),
+        ('refines = true\nfamilies = ["gpt2", "opt"]', "of the family llama, as families has gpt2, opt"),
+        ('families = ["llama"]', "families decides nothing without refines = true"),
+        ('refines = true\nfamilies = ["llama"]', None),
+    ],
+)
+def test_keys_of_ones_own_that_decide_nothing_are_noted(keys: str, note: str | None, llama: Path, tmp_path: Path) -> None:
+    """What no rule matches is a target as by default in the last of these alone."""
+    recipe = _recipe(tmp_path, f'{keys}\n[[rules]]\nmatch = "*.q_proj.weight"')
+    plan = planned(llama, recipe=recipe, rank=4)
+    assert (plan.notes == ()) == (note is None)
+    assert all(note in one for one in plan.notes if note)
+    assert len(plan.targets) == (14 if note is None else 2)
+
+
+def test_refines_in_a_model_of_no_family(llama: Path, tmp_path: Path) -> None:
+    save_file(tensors_of(llama), tmp_path / "model.safetensors")
+    plan = planned(tmp_path, recipe=_recipe(tmp_path, 'refines = true\n[[rules]]\nmatch = "*.q_proj.weight"'), rank=4)
+    assert (len(plan.targets), plan.notes) == (14, ())
+
+
+def test_a_recipe_that_narrows_names_no_norm(tmp_path: Path) -> None:
+    folder = FAMILIES["bert"].save(tmp_path / "m")
+    plan = planned(folder, recipe="attention", rank=2)
+    assert any("attention.output.LayerNorm.weight" in item.tensor for item in plan.skipped)
+    assert plan.notes == ()
+    text = 'narrows = true\n[[rules]]\nmatch = "*.0.*query.weight"\nview = "stack"\n[[rules]]\nmatch = "*.attention.*"'
+    (note,) = planned(folder, recipe=_recipe(tmp_path, text), rank=2).notes
+    assert "1 of 8 tensors that would be targets are passed over: a tensor of shape [32, 32] is no stack" in note
 
 
 def test_split_where_nothing_is_fused_is_noted(llama: Path) -> None:

@@ -157,7 +157,7 @@ def test_a_weight_of_another_dtype_is_noted(
         assert "a vector" in reasons["model.norm.weight"]
         assert re.search("embedding|recipe", reasons["model.embed_tokens.weight"])
     (note,) = _notes(steps)
-    assert "2 of 14 that would be targets" in note
+    assert note.startswith("2 of 14 tensors that would be targets are passed over, ")
     assert name in note
     assert any(key in note for key in others)
     progress = Silent()
@@ -195,6 +195,19 @@ def test_include_and_exclude(llama: Path) -> None:
     with pytest.raises(OptionError, match="nothing that --include matches") as caught:
         planned(llama, include=["*layernorm*"])
     assert "input_layernorm.weight (a vector (norm, bias))" in str(caught.value)
+
+
+def test_a_glob_that_takes_nothing_beside_others_is_noted(llama: Path, tmp_path: Path) -> None:
+    (note,) = planned(llama, rank=4, include=["*q_proj*", "*norm.weight"]).notes
+    assert note.startswith("--include '*norm.weight' takes no tensor: a vector (norm, bias) (first: model.")
+    assert planned(llama, rank=4, include=["*q_proj*", "*"]).notes == ()
+    tensors = {"layers.0.q.weight": torch.randn(8, 8), "layers.0.one.weight": torch.randn(1, 8)}
+    save_file({**tensors, "layers.0.conv.weight": torch.randn(8, 1, 4)}, tmp_path / "model.safetensors")
+    assert set(planned(tmp_path, rank=2, include=["*"]).notes) == {
+        "1 of 3 tensors that --include names are passed over: a single row or column (first: layers.0.one.weight)",
+        "1 of 3 tensors that --include names are passed over: a depthwise convolution (first: layers.0.conv.weight)",
+    }
+    assert planned(tmp_path, rank=2).notes == ()  # nobody named them
 
 
 def test_glob_that_matches_nothing_names_near_misses(llama: Path) -> None:
