@@ -240,6 +240,40 @@ def test_a_recipe_that_narrows_names_no_norm(tmp_path: Path) -> None:
     assert "1 of 8 tensors that would be targets are passed over: a tensor of shape [32, 32] is no stack" in note
 
 
+@pytest.mark.parametrize(
+    ("rules", "got", "hint"),
+    [
+        (
+            '[[rules]]\nmatch = "*.q_proj.weight"\nview = "stack"',
+            "model.layers.0.self_attn.q_proj.weight (a tensor of shape [48, 48] is no stack); model.layers.1",
+            "correct rule 1 (*.q_proj.weight)",
+        ),
+        (
+            '[[rules]]\nmatch = "lm_head*"\nskip = "as it is"\n[[rules]]\nmatch = "*.self_attn.q_proj.weigth"',
+            "rule 2 (*.self_attn.q_proj.weigth) matches no tensor",
+            "correct the pattern of rule 2",
+        ),
+        (
+            "[[rules]]\nregex = '.*\\.self_attn\\.q_proj\\.weigth'",
+            "rule 1 (.*\\.self_attn\\.q_proj\\.weigth) matches no tensor",
+            "correct the pattern of rule 1",
+        ),
+        ('[[rules]]\nmatch = "*"\nskip = "as it is"', "rules with skip alone", "a rule without skip takes the tensors"),
+        (
+            '[[rules]]\nmatch = "*"\nskip = "as it is"\n[[rules]]\nmatch = "*.q_proj.weight"',
+            "rule 2 (*.q_proj.weight): an earlier rule skips all that it matches",
+            "put it before that rule",
+        ),
+    ],
+)
+def test_a_recipe_of_ones_own_that_takes_nothing(rules: str, got: str, hint: str, llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="the recipe mine takes no tensor") as caught:
+        planned(llama, recipe=_recipe(tmp_path, rules))
+    assert str(caught.value.got).startswith(got)
+    assert str(caught.value.hint).startswith(hint)
+    assert ("self_attn.q_proj.weight" in str(caught.value.expected)) == ("weigth" in got)
+
+
 def test_split_where_nothing_is_fused_is_noted(llama: Path) -> None:
     (note,) = planned(llama, rank=4, split=True).notes
     assert "--split changes nothing" in note
