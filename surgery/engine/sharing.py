@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal
@@ -43,6 +43,8 @@ _OPEN_FILES = 4
 CORRECTION_BYTES = 0.25
 #: Bytes for each target of a shard until the shard is finished: its hashes, and its record on the way to the journal.
 _UNFINISHED_MEMORY = 8192
+#: Units of sizes in messages.
+_UNITS = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "B"))
 #: Bytes for each matrix of a window, besides its numbers: factors, correction and certificate are tensors of their own.
 _RESULT_MEMORY = 12288
 #: GPU memory of the context with its libraries; and of temporary tensors of the certificate and of the lossless arithmetic, per
@@ -106,13 +108,19 @@ def share_out(
         largest = max(needs, key=lambda need: need.held + need.working)
         raise OptionError(
             "the memory allowed is too small for one matrix at a time",
-            got=f"{resources.memory / 1e9:.2f} GB",
-            expected=f"at least {math.ceil(least / 1e7) / 100:.2f} GB, for {largest.key} {list(largest.shape)}",
+            got=_told(resources.memory, round),
+            expected=f"at least {_told(least, math.ceil)}, for {largest.key} {list(largest.shape)}",
             hint="allow more with --max-memory",
         )
     fits = (memory for memory in choices if _fits_host(memory, resources) and _fits_device(memory, resources))
     # A GPU that is too full is used all the same: what does not fit is done on the CPU.
     return next(fits, next((memory for memory in reversed(choices) if _fits_host(memory, resources)), choices[-1]))
+
+
+def _told(n_bytes: int, rounded: Callable[[float], int]) -> str:
+    """A size in the unit that fits it, rounded to a hundredth of that; it can be given to --max-memory."""
+    unit, name = next(((unit, name) for unit, name in _UNITS if n_bytes >= unit), _UNITS[-1])
+    return f"{rounded(100 * n_bytes / unit) / 100:.10g} {name}"
 
 
 def batch_limit(matrix_bytes: int, window_bytes: int) -> int:

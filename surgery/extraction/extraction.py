@@ -17,6 +17,7 @@ from surgery.engine.sharing import share_out
 from surgery.errors import OptionError, SurgeryError
 from surgery.escapes import quoted
 from surgery.extraction.budget import ranks_of_budget
+from surgery.extraction.extents import Extent
 from surgery.extraction.nothing import nothing_to_extract
 from surgery.extraction.records import ExtractedShard, balanced, saved_key
 from surgery.files.access import all_below
@@ -26,7 +27,6 @@ from surgery.format.options import Options
 from surgery.format.safetensors import DTYPE_NAMES, TORCH_DTYPES, ShardReader, same_bytes
 from surgery.lossless.factors import Factors
 from surgery.names import ADAPTER_CONFIG, EXTRACTION_FILE, FACTORIZABLE_DTYPES, PARTS_DIR, factor_key
-from surgery.planning.extents import Extent
 from surgery.planning.memory import known_bytes, need_to_compare, need_to_extract
 from surgery.planning.plan import AliasSearch, Plan, make_plan
 from surgery.planning.targets import Target, check_all_match, matches

@@ -11,6 +11,7 @@ import torch
 from surgery.device import as_memory_allows
 from surgery.errors import WeightError
 from surgery.escapes import quoted_glob
+from surgery.extraction.extents import Extent
 from surgery.extraction.records import ExtractedMatrix, balanced
 from surgery.format.safetensors import TORCH_DTYPES
 from surgery.linalg.low_rank import LowRank, low_rank, low_rank_above_floor, low_rank_of_energy, low_ranks
@@ -19,7 +20,6 @@ from surgery.lossless.factors import Addition, Factors
 from surgery.lossless.rounding import all_finite
 from surgery.lossless.update import Written, rescale
 from surgery.memory import scratch
-from surgery.planning.extents import Extent
 from surgery.planning.targets import Target
 from surgery.quantized.codec import Codec, Parts
 from surgery.timing import timed

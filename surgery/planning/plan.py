@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from surgery.engine.resources import Memory, Resources
 from surgery.engine.sharing import CORRECTION_BYTES, share_out
-from surgery.errors import OptionError, SourceError, SurgeryError, few
+from surgery.errors import OptionError, SourceError, few
 from surgery.escapes import quoted
 from surgery.format.header import Header, TensorEntry
 from surgery.format.manifest_records import Alias, LeftOutRecord, SkippedRecord
@@ -17,16 +17,16 @@ from surgery.names import SCALES_METADATA_KEY, Train, is_of_lora
 from surgery.planning.aliases import find_aliases
 from surgery.planning.memory import collected_bytes, need_to_factorize
 from surgery.planning.notes import notes_of_plan, notes_of_quantization, share_reached
+from surgery.planning.nothing import nothing_selected
 from surgery.planning.numbering import numbering_notes
-from surgery.planning.recipes import Recipe, find_recipe, recipe_for_family
+from surgery.planning.recipes import find_recipe, recipe_for_family
 from surgery.planning.summary import PlannedTarget, PlanSummary
-from surgery.planning.targets import NO_RESIDUAL, Model, Skipped, Target, check_globs, choose, matches
-from surgery.quantized.recognize import Quantization
+from surgery.planning.targets import Model, Skipped, Target, check_globs, choose
 from surgery.quantized.weight import packed_in
 from surgery.reports import Report
 from surgery.source.copies import copies_of
 from surgery.source.protocol import Source, check_index
-from surgery.weights.recognition import factorize_instead, not_read, quantization_in
+from surgery.weights.recognition import quantization_in
 
 Layout = Literal["residual", "overlay"]
 #: How aliases are looked for: not at all, so that each tensor is a target by itself; in a local model only; or also in weight
@@ -100,8 +100,7 @@ class Plan(Report):
     def reached(self) -> float:
         """Share of the weights that should be targets and are targets, by number of entries.
 
-        The others are the entries of ``skipped`` with ``wanted``: surgery passes over them because of the way they are
-        stored.
+        The others are the ``entries`` of ``skipped``: surgery passes over them because of the way they are stored.
         """
         return share_reached(self.targets, self.skipped)
 
@@ -204,7 +203,7 @@ def make_plan(
         by_shard[target.shard].append(target)
     shards = [ShardPlan(file, source.size(file), header, tuple(by_shard[file])) for file, header in headers.items()]
     if not every:
-        raise _nothing_selected(source, options, recipe, skipped, quantization)
+        raise nothing_selected(source, options, model, skipped, names, entries)
     if options.max_rank is not None and not any(target.energy is not None for target in every):
         raise OptionError(
             "a largest rank goes with an energy", got=f"max-rank {options.max_rank} without one", hint="--energy 0.5"
@@ -240,7 +239,7 @@ def make_plan(
             *index_notes,
             *numbering_notes(stored, config),
             *notes_of_quantization(quantization),
-            *notes_of_plan(options, recipe, every, skipped, names),
+            *notes_of_plan(options, model, every, skipped, names),
             *alias_notes,
         ),
         files_along=len(source.selection.others),
@@ -312,40 +311,6 @@ def _tied_to(copies: Mapping[str, list[str]], aliases: Mapping[str, tuple[Alias,
     """The tensors that are one parameter with a tensor in several files, and so must stay unchanged as well."""
     several = [{tensor, *(alias.tensor for alias in others)} for tensor, others in aliases.items()]
     return set[str]().union(*(names for names in several if not names.isdisjoint(copies)))
-
-
-def _nothing_selected(
-    source: Source, options: Options, recipe: Recipe | None, skipped: list[Skipped], quantization: Quantization
-) -> SurgeryError:
-    model, unread = source.name, quantization.unread_tensors
-    if wanted := [unread[item.tensor] for item in skipped if item.wanted and item.tensor in unread]:
-        what = f"what --include takes of {model}" if options.include else f"all of {model} that would be a target"
-        return not_read(f"{what} is in", wanted, factorize_instead(source))
-    if unread and not options.include:
-        return not_read(f"{model} is in", quantization.unread.values(), factorize_instead(source))
-    if without_residual := [item for item in skipped if NO_RESIDUAL in item.reason]:
-        return OptionError(
-            f"all {len(without_residual)} weights of {model} that would be targets are quantized, and have no residual layout",
-            got=f"{without_residual[0].tensor} ({without_residual[0].reason})",
-            hint="--layout overlay: the weights stay as they are, and the factors are those of the dequantized weights",
-        )
-    if options.include:
-        asked = [f"{s.tensor} ({s.reason})" for s in skipped if matches(s.tensor, options.include)]
-        return OptionError(f"nothing that --include matches in {model} can be factorized", got=few(asked, between="; "))
-    matrices = [s for s in skipped if not s.reason.startswith(("a vector", "no floating"))]
-    near = [f"{s.tensor} ({s.reason})" for s in matrices]
-    if recipe is not None:
-        return OptionError(
-            f"the recipe {recipe.name} takes no tensor of {model}",
-            got=few(near, between="; ") or f"{len(skipped)} tensors, none of them a matrix of floating-point numbers",
-            hint="surgery recipes lists the others; --include GLOB takes any weight by name",
-        )
-    return OptionError(
-        f"no tensor of {model} is a target",
-        got=few(near, between="; ") or f"{len(skipped)} tensors, none of them a matrix of floating-point numbers",
-        expected="weights of linear layers inside transformer blocks",
-        hint="--include GLOB takes any weight by name" if matrices else None,
-    )
 
 
 def _described_bytes(target: Target) -> int:

@@ -1,7 +1,7 @@
 """Recipes: TOML files that say which tensors of a family are factorized, how they are seen, and at which rank.
 
 description = "what it is for"
-families = ["llama"]                 # model_type of config.json; such models take this recipe by themselves
+families = ["llama"]                 # model_type of config.json; such models take a built-in recipe by themselves
 refines = true                       # for these families: what no rule matches is as in a model without recipe
 narrows = false                      # whether rules choose among the targets that the model has without this recipe
 convolutions = false                 # whether the convolutions of blocks are then targets, as their linear layers are
@@ -42,6 +42,8 @@ RECIPE_KEYS = ("description", "families", "refines", "narrows", "convolutions", 
 RULE_KEYS = ("match", "regex", "view", "slices", "every", "axis", "split", "rank", "energy", "max_rank", "skip")
 _MAX_BYTES = 1 << 20
 _AXES = {"rows": 0, "columns": 1}
+#: What values of a type are called by those who write TOML.
+_TYPES = {str: "a string, in quotes", bool: "true or false", int: "a whole number", (int, float): "a number"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,11 +176,13 @@ def find_recipe(name: str) -> Recipe:
     path = Path(name)
     if path.is_file():
         return read_recipe(path)
-    looks_like_a_file = path.suffix == ".toml" or len(path.parts) > 1
+    is_path = path.suffix == ".toml" or path.name != name
     raise OptionError(
-        f"there is no recipe {name!r}",
-        expected="a file" if looks_like_a_file else f"a file, or one of {', '.join(builtin_recipes())}",
-        hint=_did_you_mean(path.stem, tuple(builtin_recipes())) or "surgery recipes lists them",
+        f"there is no {'file' if is_path else 'recipe'} {name!r}",
+        expected="the file of a recipe, or the name of a built-in one"
+        if is_path
+        else f"a file, or one of {', '.join(builtin_recipes())}",
+        hint=_did_you_mean(path.stem, tuple(builtin_recipes())) or "surgery recipes lists the built-in ones",
     )
 
 
@@ -216,7 +220,7 @@ def read_recipe(path: Path) -> Recipe:
     rules = parsed.get("rules")
     if not isinstance(rules, list) or not rules or not all(isinstance(rule, dict) for rule in rules):
         raise OptionError(f"{where} has no rules", expected="one [[rules]] table or more")
-    return Recipe(
+    recipe = Recipe(
         name=path.stem,
         description=_of_type(parsed.get("description", ""), str, f"{where}: description"),
         families=_strings(families, f"{where}: families"),
@@ -226,6 +230,9 @@ def read_recipe(path: Path) -> Recipe:
         split=_of_type(parsed.get("split", False), bool, f"{where}: split"),
         rules=tuple(_rule(rule, f"{where}, rule {i + 1}") for i, rule in enumerate(rules)),
     )
+    if recipe.convolutions and not recipe.refines:
+        raise OptionError(f"{where}: convolutions goes with refines", hint="refines = true, and families")
+    return recipe
 
 
 def _rule(table: dict[str, Any], where: str) -> Rule:
@@ -310,8 +317,8 @@ def _did_you_mean(word: str, known: tuple[str, ...]) -> str | None:
 
 def _of_type(value: Any, kind: Any, where: str) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
-        raise OptionError(f"{where} has the wrong type", got=repr(value)[:80], expected=names)
+        expected = _TYPES[kind] + (", without quotes" if isinstance(value, str) else "")
+        raise OptionError(f"{where} has the wrong type", got=repr(value)[:80], expected=expected)
     return value
 
 

@@ -17,7 +17,7 @@ from surgery.format.header import Stored, TensorEntry
 from surgery.format.manifest_records import Alias
 from surgery.format.options import Options
 from surgery.format.tensor_view import TensorView
-from surgery.format.views import Slice, View
+from surgery.format.views import Kind, Slice, View
 from surgery.names import FACTORIZABLE_DTYPES, WEIGHT_BITS, told_dtype
 from surgery.planning.fused import slices_of
 from surgery.planning.recipes import Recipe, Rule, recipe_for_family
@@ -33,6 +33,8 @@ DEFAULT_RANK = 16
 NO_RESIDUAL = "has no residual layout"
 DEFAULT_MAX_RANK = 256
 
+VECTOR, EXCLUDED = "a vector (norm, bias)", "matched by --exclude"
+_SINGLE = "a single row or column"
 _NO_WEIGHT = re.compile(r"^(A_log|D|dt_bias|inv_freq)$|_bias$|^bias$|rotary|freqs|_scale(_inv)?$")
 
 
@@ -86,8 +88,9 @@ class Skipped:
     Attributes:
         tensor, shard: its name, and the weight file that it is in.
         reason: why, in words.
-        wanted: whether it would be a target if it had another dtype, or two dimensions, or were packed in a way that is read.
-        entries: of the weight, if it is wanted and no vector.
+        wanted: whether it would be a target by its name, and is none for another reason, which a note tells: its dtype, its
+            shape, or how it is packed.
+        entries: of the weight, if it is wanted and could be a target if it were stored in another way; else 0.
     """
 
     tensor: str
@@ -150,34 +153,51 @@ def choose(entry: TensorEntry, shard: str, options: Options, model: Model) -> li
     if by_name is None or entry.name.split(".")[-1] == "weight":
         _check_not_empty(entry, options, model, wanted=by_name is None)
     if (reason := _impossible(entry, model) or by_name or _unsupported(entry, model)) is not None:
-        # A vector counts as wanted only by a rule of a recipe: a name, or a glob of a user, may well match norms too.
-        matrix = len(entry.shape) > 1 or (rule is not None and not options.include)
+        # A vector counts as wanted only by a rule that decides alone: a name, a glob of a user, or a rule that narrows may well
+        # match norms too.
+        matrix = len(entry.shape) > 1 or (_is_named(rule, model) and not options.include)
         wanted = by_name is None and matrix and entry.name not in model.parts
         entries = math.prod(entry.shape) if wanted and len(entry.shape) > 1 else 0
         return [Skipped(entry.stored.name, shard, reason, wanted, entries)]
     kind = (rule.view if rule else None) or kind_of(entry)
-    try:
-        _, m, n = View(kind).shape(entry.shape)
-    except ValueError as error:
-        return [Skipped(entry.stored.name, shard, str(error))]
-    if min(m, n) < 2:
-        return [Skipped(entry.stored.name, shard, "a single row or column")]
     quantized = model.quantized.get(entry.name)
-    if kind == "convolution" and (entry.shape[1] == 1 or quantized):
-        return [Skipped(entry.stored.name, shard, "a quantized convolution" if quantized else "a depthwise convolution")]
+    # By default such a tensor is no target, which is nothing to be told.
+    named = bool(options.include) or _is_named(rule, model) or (rule is not None and rule.view is not None)
+    if (reason := _unfit(entry, kind, quantized=quantized is not None)) is not None:
+        return [Skipped(entry.stored.name, shard, reason, named)]
+    _, m, n = View(kind).shape(entry.shape)
     parts: tuple[Slice, ...] = ()
     if rule is None or (rule.view is None and not rule.slices):
         parts = own_slices(entry, model.config, options.split)
     elif rule.slices and _wants_split(options, model, rule):
-        parts = slices_of(rule, (m, n), model.config, entry.name)
+        whole = "leave --split out" if options.split else "give --no-split"
+        parts = slices_of(rule, (m, n), model.config, entry.name, whole)
     views = [View(kind, part) for part in parts] or [View(kind)]
     rank, energy = extent(options, rule)
     fates: list[Target | Skipped] = []
     for view in views:
         smaller = min(view.shape(entry.shape)[1:])
         target = Target(entry.name, shard, entry.dtype, entry.shape, view, min(rank, smaller), energy, rank, quantized)
-        fates.append(target if smaller > 1 else Skipped(target.key, shard, "a single row or column"))
+        fates.append(target if smaller > 1 else Skipped(target.key, shard, _SINGLE, named))
     return fates
+
+
+def _is_named(rule: Rule | None, model: Model) -> bool:
+    """Whether a rule takes the tensors that it matches, whatever they are; not if it narrows what is a target by default."""
+    return rule is not None and model.recipe is not None and not model.recipe.narrows
+
+
+def _unfit(entry: TensorEntry, kind: Kind, *, quantized: bool) -> str | None:
+    """Why a tensor of two dimensions or more is nothing to factorize if it is seen so; None if it is."""
+    try:
+        _, m, n = View(kind).shape(entry.shape)
+    except ValueError as error:
+        return str(error)
+    if min(m, n) < 2:
+        return _SINGLE
+    if kind == "convolution" and (entry.shape[1] == 1 or quantized):
+        return "a quantized convolution" if quantized else "a depthwise convolution"
+    return None
 
 
 def _skipped_unread(entry: TensorEntry, shard: str, weight: UnreadWeight, options: Options, model: Model) -> Skipped:
@@ -223,7 +243,7 @@ def _impossible(entry: TensorEntry, model: Model) -> str | None:
     if not entry.dtype.startswith(("F", "BF", "C")) and entry.name not in model.quantized:
         return f"no floating-point weight ({entry.dtype})"
     if len(entry.shape) < 2:
-        return "a vector (norm, bias)"
+        return VECTOR
     return None
 
 
@@ -262,7 +282,7 @@ def _check_not_empty(entry: TensorEntry, options: Options, model: Model, *, want
 
 def _unwanted(entry: TensorEntry, options: Options, model: Model, rule: Rule | None) -> str | None:
     if matches(entry.name, options.exclude):
-        return "matched by --exclude"
+        return EXCLUDED
     if options.include:
         return None if matches(entry.name, options.include) else "not matched by --include"
     if (unloaded := why_unloaded(entry.name, model.config)) is not None:
@@ -323,11 +343,12 @@ def check_all_match(option: str, globs: Sequence[str], names: list[str]) -> None
     """Refuse any of the globs of an option that matches no tensor of a model. Raises OptionError with the nearest names."""
     for glob in globs:
         if not fnmatch.filter(names, glob):
-            raise OptionError(f"{option} {glob!r} matches no tensor", expected=near_misses(glob, names))
+            near = f"a glob over names such as {near_misses(glob, names)}"
+            raise OptionError(f"{option} {glob!r} matches no tensor", expected=near)
 
 
-def near_misses(glob: str, names: list[str]) -> str:
-    """A few tensor names that the user may have meant."""
+def near_misses(glob: str, names: Sequence[str]) -> str:
+    """A few tensor names that the user may have meant, the first of each kind."""
     literal = re.sub(r"[*?\[\]]", "", glob)
     # Most names differ from others in the block index alone: one of each kind is compared.
     kinds = {re.sub(r"\.\d+\.", ".*.", name): name for name in reversed(names)}
@@ -336,4 +357,4 @@ def near_misses(glob: str, names: list[str]) -> str:
     hits = [kind for kind in kinds if any(part in kind.split(".") for part in near)]
     hits += difflib.get_close_matches(literal, kinds, n=3, cutoff=0.3)
     chosen = list(dict.fromkeys(hits))[:3] or list(kinds)[:3]
-    return "a glob over names such as " + ", ".join(chosen)
+    return ", ".join(chosen)

@@ -60,9 +60,8 @@ def open_models(
         source = open_source(model, revision=revision, subfolder=subfolder)
         plan = make_plan(source, replace(options, rank=1), "overlay")
         other = None if tuned is None else open_source(tuned, subfolder=subfolder)
-    if plan.reached < 1:
-        for one in notes_of_reach(plan.skipped, plan.targets):
-            note(one)
+    for one in notes_of_reach(plan.skipped, plan.targets):
+        note(one)
     check_room(*download_needs(*([source] if other is None else [source, other])))
     return StudiedPair(source, plan, other, engine)
 

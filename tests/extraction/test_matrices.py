@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from surgery.extraction.extents import Extent
 from surgery.extraction.matrices import ChangedMatrix, Extracting, extract_matrices
 from surgery.format.safetensors import TORCH_DTYPES
 from surgery.format.views import View
-from surgery.planning.extents import Extent
 from surgery.planning.targets import Target
 
 

@@ -135,11 +135,15 @@ def test_every_builtin_recipe_can_be_named_and_is_used() -> None:
         ('[[rules]]\nmatch = "*"\nslices = ["query", "key"]\nevery = "group"', "only slices q, k and v", ""),
         ('[[rules]]\nmatch = "*"\nrank = 3\nenergy = 0.5', "contradict each other", ""),
         ('[[rules]]\nmatch = "*"\nrank = 0', "rank must be at least 1", "0"),
-        ('[[rules]]\nmatch = "*"\nrank = "8"', "wrong type", "int"),
-        ('[[rules]]\nmatch = "*"\nrank = true', "wrong type", "int"),
+        ('[[rules]]\nmatch = "*"\nrank = "8"', "wrong type", "expected: a whole number, without quotes\n"),
+        ('[[rules]]\nmatch = "*"\nrank = true', "wrong type", "expected: a whole number\n"),
+        ('[[rules]]\nmatch = "*"\nenergy = "0.5"', "wrong type", "expected: a number, without quotes\n"),
+        ('split = "yes"\n[[rules]]\nmatch = "*"', "wrong type", "expected: true or false, without quotes\n"),
+        ('[[rules]]\nmatch = "*"\nskip = 3', "wrong type", "expected: a string, in quotes\n"),
         ('[[rules]]\nmatch = "*"\nenergy = 1.5', "the energy makes no sense", "1.5"),
         ('[[rules]]\nmatch = "*"\nmax_rank = 8', "max_rank goes with an energy", ""),
         ('[[rules]]\nmatch = "*"\nview = "stak"', "view makes no sense", "did you mean 'stack'?"),
+        ('convolutions = true\n[[rules]]\nmatch = "*"', "convolutions goes with refines", "refines = true, and families"),
         ('[[rules]]\nmatch = "*"\nslices = ["q"]', "two or more different names", ""),
         ('[[rules]]\nmatch = "*"\nslices = ["q", "q"]', "two or more different names", ""),
         ('[[rules]]\nmatch = "*"\nevery = "group"', "every goes with slices", ""),
@@ -150,15 +154,19 @@ def test_bad_recipes(text: str, message: str, hint: str, llama: Path, tmp_path: 
     with pytest.raises(OptionError) as caught:
         planned(llama, recipe=_recipe(tmp_path, text))
     assert message in str(caught.value)
-    assert hint in str(caught.value)
+    assert hint in f"{caught.value}\n"
 
 
 def test_recipes_that_are_not_there(llama: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="there is no recipe 'lama'") as caught:
         planned(llama, recipe="lama")
     assert "did you mean 'llama'?" in str(caught.value)
+    with pytest.raises(OptionError, match=r"there is no file '\./nosuch'"):
+        planned(llama, recipe="./nosuch")
     for name in (tmp_path / "nothing.toml", "x" * 5000, "~nobody-of-this-name/x.toml", "null\0byte"):
-        with pytest.raises(SurgeryError, match=r"there is no recipe|can have this path|a user that is not known|name too long"):
+        with pytest.raises(
+            SurgeryError, match=r"there is no (file|recipe)|can have this path|a user that is not known|name too long"
+        ):
             planned(llama, recipe=name)
 
 
@@ -175,6 +183,97 @@ def test_a_rule_of_ones_own_that_matches_nothing_is_noted(llama: Path, tmp_path:
     assert not planned(llama, recipe="llama", rank=4).notes  # of a shipped one some rules are for others
 
 
+@pytest.mark.parametrize(
+    ("rule", "notes"),
+    [
+        (
+            'match = "*.q_proj.weight"\nview = "stack"',
+            ["2 of 6 tensors that the recipe names are passed over: a tensor of shape"],
+        ),
+        ('match = "*norm.weight"', ["5 of 9 tensors that the recipe names are passed over: a vector (norm, bias) (first: "]),
+        ('match = "mtp.*"', ["recipe mine: rule 2 (mtp.*) takes no tensor: multi-token prediction, which loaders leave out"]),
+        ('match = "*.q_proj.weight"\nskip = "as it is"', []),
+    ],
+)
+def test_what_a_rule_names_and_does_not_take_is_noted(rule: str, notes: list[str], llama: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+    save_file({**tensors_of(llama), "mtp.0.up.weight": torch.randn(48, 48)}, folder / "model.safetensors")
+    (folder / "config.json").write_bytes((llama / "config.json").read_bytes())
+    text = f'[[rules]]\nmatch = "*.[kv]_proj.weight"\n[[rules]]\n{rule}'
+    told = planned(folder, recipe=_recipe(tmp_path, text), rank=4).notes
+    assert len(told) == len(notes)
+    assert all(note.startswith(start) for note, start in zip(told, notes, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("keys", "note"),
+    [
+        ("refines = true", "refines decides nothing in a model of the family llama, as there are no families"),
+        ('refines = true\nfamilies = ["gpt2", "opt"]', "of the family llama, as families has gpt2, opt"),
+        ('families = ["llama"]', "families decides nothing without refines = true"),
+        ('refines = true\nfamilies = ["llama"]', None),
+    ],
+)
+def test_keys_of_ones_own_that_decide_nothing_are_noted(keys: str, note: str | None, llama: Path, tmp_path: Path) -> None:
+    """What no rule matches is a target as by default in the last of these alone."""
+    recipe = _recipe(tmp_path, f'{keys}\n[[rules]]\nmatch = "*.q_proj.weight"')
+    plan = planned(llama, recipe=recipe, rank=4)
+    assert (plan.notes == ()) == (note is None)
+    assert all(note in one for one in plan.notes if note)
+    assert len(plan.targets) == (14 if note is None else 2)
+
+
+def test_refines_in_a_model_of_no_family(llama: Path, tmp_path: Path) -> None:
+    save_file(tensors_of(llama), tmp_path / "model.safetensors")
+    plan = planned(tmp_path, recipe=_recipe(tmp_path, 'refines = true\n[[rules]]\nmatch = "*.q_proj.weight"'), rank=4)
+    assert (len(plan.targets), plan.notes) == (14, ())
+
+
+def test_a_recipe_that_narrows_names_no_norm(tmp_path: Path) -> None:
+    folder = FAMILIES["bert"].save(tmp_path / "m")
+    plan = planned(folder, recipe="attention", rank=2)
+    assert any("attention.output.LayerNorm.weight" in item.tensor for item in plan.skipped)
+    assert plan.notes == ()
+    text = 'narrows = true\n[[rules]]\nmatch = "*.0.*query.weight"\nview = "stack"\n[[rules]]\nmatch = "*.attention.*"'
+    (note,) = planned(folder, recipe=_recipe(tmp_path, text), rank=2).notes
+    assert "1 of 8 tensors that would be targets are passed over: a tensor of shape [32, 32] is no stack" in note
+
+
+@pytest.mark.parametrize(
+    ("rules", "got", "hint"),
+    [
+        (
+            '[[rules]]\nmatch = "*.q_proj.weight"\nview = "stack"',
+            "model.layers.0.self_attn.q_proj.weight (a tensor of shape [48, 48] is no stack); model.layers.1",
+            "correct rule 1 (*.q_proj.weight)",
+        ),
+        (
+            '[[rules]]\nmatch = "lm_head*"\nskip = "as it is"\n[[rules]]\nmatch = "*.self_attn.q_proj.weigth"',
+            "rule 2 (*.self_attn.q_proj.weigth) matches no tensor",
+            "correct the pattern of rule 2",
+        ),
+        (
+            "[[rules]]\nregex = '.*\\.self_attn\\.q_proj\\.weigth'",
+            "rule 1 (.*\\.self_attn\\.q_proj\\.weigth) matches no tensor",
+            "correct the pattern of rule 1",
+        ),
+        ('[[rules]]\nmatch = "*"\nskip = "as it is"', "rules with skip alone", "a rule without skip takes the tensors"),
+        (
+            '[[rules]]\nmatch = "*"\nskip = "as it is"\n[[rules]]\nmatch = "*.q_proj.weight"',
+            "rule 2 (*.q_proj.weight): an earlier rule skips all that it matches",
+            "put it before that rule",
+        ),
+    ],
+)
+def test_a_recipe_of_ones_own_that_takes_nothing(rules: str, got: str, hint: str, llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="the recipe mine takes no tensor") as caught:
+        planned(llama, recipe=_recipe(tmp_path, rules))
+    assert str(caught.value.got).startswith(got)
+    assert str(caught.value.hint).startswith(hint)
+    assert ("self_attn.q_proj.weight" in str(caught.value.expected)) == ("weigth" in got)
+
+
 def test_split_where_nothing_is_fused_is_noted(llama: Path) -> None:
     (note,) = planned(llama, rank=4, split=True).notes
     assert "--split changes nothing" in note
@@ -187,6 +286,12 @@ def test_slices_that_do_not_add_up(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="do not add up") as caught:
         planned(folder, rank=4, split=True)
     assert "32 + 24 + 24 for a length of 64" in str(caught.value)
+    assert "leave --split out, or correct the recipe" in str(caught.value)
+    recipe = _recipe(tmp_path, '[[rules]]\nmatch = "*.qkv_proj.weight"\nslices = ["q", "k", "v"]\nsplit = true')
+    with pytest.raises(OptionError, match="do not add up") as caught:
+        planned(folder, rank=4, recipe=recipe)
+    assert "give --no-split, or correct the recipe" in str(caught.value)
+    assert planned(folder, rank=4, recipe=recipe, split=False).targets
     assert planned(folder, rank=4).targets  # as one matrix there is nothing to add up
     (folder / "config.json").write_text(json.dumps({"model_type": "phi3"}))
     with pytest.raises(OptionError, match="does not tell the number of attention heads"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from surgery.planning.targets import Model, Skipped, Target, choose
 from surgery.progress import Silent
 from surgery.quantized.recognize import Quantization
 from tests.families import FAMILIES
+from tests.fp8_models import quantize_model
 from tests.models import planned, tensors_of
 
 
@@ -157,7 +159,7 @@ def test_a_weight_of_another_dtype_is_noted(
         assert "a vector" in reasons["model.norm.weight"]
         assert re.search("embedding|recipe", reasons["model.embed_tokens.weight"])
     (note,) = _notes(steps)
-    assert "2 of 14 that would be targets" in note
+    assert note.startswith("2 of 14 tensors that would be targets are passed over, ")
     assert name in note
     assert any(key in note for key in others)
     progress = Silent()
@@ -195,6 +197,40 @@ def test_include_and_exclude(llama: Path) -> None:
     with pytest.raises(OptionError, match="nothing that --include matches") as caught:
         planned(llama, include=["*layernorm*"])
     assert "input_layernorm.weight (a vector (norm, bias))" in str(caught.value)
+    _check_the_glob_of(caught.value, "vectors are never targets; --include ", llama)
+    with pytest.raises(OptionError, match="nothing that --include matches") as caught:
+        planned(llama, include=["*q_proj*"], exclude=["*q_proj*"])
+    assert "--exclude takes out all that --include matches" in str(caught.value.hint)
+
+
+def _check_the_glob_of(error: OptionError, before: str, model: Path) -> None:
+    """That the hint gives an option that works."""
+    hint = str(error.hint)
+    assert hint.startswith(before)
+    _, glob, *_ = shlex.split(hint[hint.index("--include ") :])
+    assert planned(model, include=[glob], rank=4).targets
+
+
+def test_the_scales_of_a_weight_cannot_be_asked_for_but_the_weight_can(llama: Path, tmp_path: Path) -> None:
+    model = quantize_model(llama, tmp_path / "m")
+    with pytest.raises(OptionError, match="nothing that --include matches") as caught:
+        planned(model, include=["*up_proj.weight_scale_inv"])
+    assert "up_proj.weight_scale_inv (the scales of an FP8 weight)" in str(caught.value)
+    _check_the_glob_of(caught.value, "give the name of the weight that it belongs to: --include ", model)
+    assert "up_proj.weight" in str(caught.value.hint)
+
+
+def test_a_glob_that_takes_nothing_beside_others_is_noted(llama: Path, tmp_path: Path) -> None:
+    (note,) = planned(llama, rank=4, include=["*q_proj*", "*norm.weight"]).notes
+    assert note.startswith("--include '*norm.weight' takes no tensor: a vector (norm, bias) (first: model.")
+    assert planned(llama, rank=4, include=["*q_proj*", "*"]).notes == ()
+    tensors = {"layers.0.q.weight": torch.randn(8, 8), "layers.0.one.weight": torch.randn(1, 8)}
+    save_file({**tensors, "layers.0.conv.weight": torch.randn(8, 1, 4)}, tmp_path / "model.safetensors")
+    assert set(planned(tmp_path, rank=2, include=["*"]).notes) == {
+        "1 of 3 tensors that --include names are passed over: a single row or column (first: layers.0.one.weight)",
+        "1 of 3 tensors that --include names are passed over: a depthwise convolution (first: layers.0.conv.weight)",
+    }
+    assert planned(tmp_path, rank=2).notes == ()  # nobody named them
 
 
 def test_glob_that_matches_nothing_names_near_misses(llama: Path) -> None:

@@ -597,7 +597,7 @@ def test_plan_tells_the_share(model: tuple[Tensors, dict[str, Any]], tmp_path: P
     share = sum(one.entries for one in plan.targets) / sum(one.numel() for name, one in tensors.items() if _is_linear(name))
     assert f"{100 * share:.3g} % of the weights that would be targets" in plan_text(plan, 1.0, every=False).replace("\n  ", " ")
     assert any(
-        f"6 of 14 that would be targets are passed over, {100 - 100 * share:.3g} % of their weights" in one
+        f"6 of 14 tensors that would be targets are passed over, {100 - 100 * share:.3g} % of their weights" in one
         for one in plan.notes
     )
     assert plan.as_json()["reached"] == pytest.approx(share)

@@ -11,6 +11,7 @@ import torch
 from surgery.device import on_its_own_terms
 from surgery.errors import OptionError, few
 from surgery.escapes import quoted
+from surgery.extraction.extents import Extent, Rank
 from surgery.extraction.extraction import Extraction, ExtractOptions
 from surgery.extraction.jobs import ExtractJobs
 from surgery.extraction.matrices import Extracting
@@ -20,7 +21,6 @@ from surgery.extraction.shard import ExtractJob
 from surgery.extraction.told import ExtractReport, ranks_in_words
 from surgery.format.options import ExtractKeywords, Options, chosen_options
 from surgery.names import DTYPES, EXTRACTION_FILE, STREAM_DIR, TUNED_STREAM_DIR, Dtype
-from surgery.planning.extents import Extent, Rank
 from surgery.planning.summary import PlannedTarget
 from surgery.progress import Progress, listening, phase
 from surgery.publish.results import ExtractedCard, publish_extracted
