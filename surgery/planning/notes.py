@@ -8,7 +8,7 @@ from surgery.errors import OptionError, few
 from surgery.escapes import quoted
 from surgery.format.options import Options
 from surgery.planning.recipes import Recipe, builtin_recipes, family_of
-from surgery.planning.targets import Model, Skipped, Target, matches
+from surgery.planning.targets import EXCLUDED, Model, Skipped, Target, matches
 from surgery.quantized.recognize import Quantization
 
 _BY_DEFAULT = "that would be targets"
@@ -119,7 +119,7 @@ def has_own_recipe(options: Options) -> bool:
 
 
 def _include_notes(options: Options, targets: Sequence[Target], skipped: Sequence[Skipped]) -> list[str]:
-    """Notes on globs of --include that take no tensor, unless the notes of reach tell why."""
+    """Notes on globs of --include that take no tensor, unless the notes of reach tell why, or the user has excluded it."""
     taken = _taken(targets)
     return [
         f"--include {quoted(glob)} takes no tensor: {_reason(passed[0])}"
@@ -127,6 +127,7 @@ def _include_notes(options: Options, targets: Sequence[Target], skipped: Sequenc
         if not any(matches(name, [glob]) for name in taken)
         and (passed := [item for item in skipped if matches(item.tensor, [glob])])
         and not passed[0].wanted
+        and passed[0].reason != EXCLUDED
     ]
 
 

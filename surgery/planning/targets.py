@@ -161,8 +161,8 @@ def choose(entry: TensorEntry, shard: str, options: Options, model: Model) -> li
         return [Skipped(entry.stored.name, shard, reason, wanted, entries)]
     kind = (rule.view if rule else None) or kind_of(entry)
     quantized = model.quantized.get(entry.name)
-    # By default such a tensor is no target, which is nothing to be told.
-    named = bool(options.include) or _is_named(rule, model) or (rule is not None and rule.view is not None)
+    # By default such a tensor is no target, and a wide glob of a user matches it by chance: nothing to be told.
+    named = rule is not None and (rule.view is not None or (_is_named(rule, model) and not options.include))
     if (reason := _unfit(entry, kind, quantized=quantized is not None)) is not None:
         return [Skipped(entry.stored.name, shard, reason, named)]
     _, m, n = View(kind).shape(entry.shape)
