@@ -45,6 +45,8 @@ import surgery
 
 RATES = [factor * 10.0**power for power in range(-6, 4) for factor in (1, 3)]
 TUNING_SEED = 0  # the reported seeds start at 1
+#: Of all methods, in the order of the tables.
+NAMES = list(dict.fromkeys(method.name for method in (*MINILM, *SMOLLM2)))
 HERE = Path(__file__).parent
 
 
@@ -259,10 +261,13 @@ def run_all(args: argparse.Namespace) -> None:
 
 
 def tables(results: list[Done]) -> Iterator[str]:
-    """Markdown, a table for each task, of the texts of its last run."""
+    """Markdown: a table of all tasks, then one for each, of the texts of its last run."""
     data = {one.task: one.data for one in results}
-    for name in TASKS:
-        of_task = list(_reported([one for one in results if one.task == name and one.data == data[name]]))
+    reported = {
+        name: list(_reported([one for one in results if (one.task, one.data) == (name, data.get(name))])) for name in TASKS
+    }
+    yield from _summary({name: of_task for name, of_task in reported.items() if of_task})
+    for name, of_task in reported.items():
         if not of_task:
             continue
         full = [one.seconds for one in of_task if one.method == "full fine-tuning"]
@@ -270,10 +275,29 @@ def tables(results: list[Done]) -> Iterator[str]:
         yield f"\n### {name}\n"
         yield f"| method | numbers | rate | loss |{' accuracy, % |' if classes else ''} known before | time | file |"
         yield "| --- " * (8 if classes else 7) + "|"
-        methods = list(dict.fromkeys(method.name for method in (*MINILM, *SMOLLM2)))
-        for method in sorted({one.method for one in of_task}, key=methods.index):
+        for method in [name for name in NAMES if any(one.method == name for one in of_task)]:
             yield _row([one for one in of_task if one.method == method], classes, statistics.median(full) if full else None)
         yield from _folds([one for one in of_task if one.folded])
+
+
+def _summary(tasks: dict[str, list[Done]]) -> Iterator[str]:
+    """What each method takes off the loss of each task, and what it adds to the loss on what was known before."""
+    yield "| loss taken off / added to what was known | " + " | ".join(f"`{name}`" for name in tasks) + " |"
+    yield "| --- " * (1 + len(tasks)) + "|"
+    for name in NAMES[1:]:
+        cells = []
+        for runs in tasks.values():
+            none, of_method = ([one for one in runs if one.method == method] for method in (NAMES[0], name))
+            losses, known = ([_mean(part, key) for part in (none, of_method)] for key in ("loss", "known_before"))
+            cells.append(
+                f"{losses[0] - losses[1]:.3f} / {round(known[1] - known[0], 2) + 0.0:+.2f}" if none and of_method else ""
+            )
+        if any(cells):
+            yield f"| {name} | " + " | ".join(cells) + " |"
+
+
+def _mean(runs: list[Done], key: str) -> float:
+    return statistics.fmean(getattr(one, key) for one in runs) if runs else math.nan
 
 
 def _reported(runs: list[Done]) -> Iterator[Done]:
