@@ -288,16 +288,18 @@ def _summary(tasks: dict[str, list[Done]]) -> Iterator[str]:
         cells = []
         for runs in tasks.values():
             none, of_method = ([one for one in runs if one.method == method] for method in (NAMES[0], name))
-            losses, known = ([_mean(part, key) for part in (none, of_method)] for key in ("loss", "known_before"))
-            cells.append(
-                f"{losses[0] - losses[1]:.3f} / {round(known[1] - known[0], 2) + 0.0:+.2f}" if none and of_method else ""
-            )
+            if none and of_method:
+                off = _mean(none, "loss") - _mean(of_method, "loss")
+                added = _mean(of_method, "known_before") - _mean(none, "known_before")
+                cells.append(f"{off:.3f} / {round(added, 2) + 0.0:+.2f}")  # + 0.0: no minus before a zero
+            else:
+                cells.append("")
         if any(cells):
             yield f"| {name} | " + " | ".join(cells) + " |"
 
 
 def _mean(runs: list[Done], key: str) -> float:
-    return statistics.fmean(getattr(one, key) for one in runs) if runs else math.nan
+    return statistics.fmean(getattr(one, key) for one in runs)
 
 
 def _reported(runs: list[Done]) -> Iterator[Done]:

@@ -156,6 +156,11 @@ def correction_key(key: str, index: int | None) -> str:
     return factor_key(key, "correction") if index is None else factor_key(key, f"correction.{index}")
 
 
+def glob_of_numbers(name: str) -> str:
+    """A tensor's name with ``*`` for each number between dots: the same for those that differ in numbers alone."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
 def told_dtype(dtype: str) -> str:
     """What people call the dtype of a weight that may be quantized."""
     return "FP8" if dtype == FP8 else dtype

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from surgery.cli.outcomes import trainable_text
 from surgery.cli.tables import table
 from surgery.cli.text import duration, fitted, shown, size
+from surgery.names import glob_of_numbers
 
 if TYPE_CHECKING:
     from surgery.planning.plan import Plan
@@ -81,7 +81,7 @@ def _rows(lines: Sequence[tuple[str, ...]], *, every: bool) -> list[list[str]]:
     """
     groups: dict[str, dict[tuple[str, ...], list[str]]] = {}
     for name, *rest in lines:
-        glob = name if every else re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+        glob = name if every else glob_of_numbers(name)
         groups.setdefault(glob, {}).setdefault(tuple(rest), []).append(name)
     return [
         [f"{len(names)}", glob if len(names) > 1 else names[0], *rest]

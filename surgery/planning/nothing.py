@@ -11,6 +11,7 @@ from surgery.errors import OptionError, SurgeryError, few
 from surgery.escapes import quoted
 from surgery.format.header import TensorEntry
 from surgery.format.options import Options
+from surgery.names import glob_of_numbers
 from surgery.planning.notes import has_own_recipe
 from surgery.planning.recipes import Recipe
 from surgery.planning.targets import EXCLUDED, NO_RESIDUAL, VECTOR, Model, Skipped, Target, choose, matches, near_misses
@@ -132,4 +133,4 @@ def _instead_of(
 
 def _glob_of(name: str) -> str:
     """The glob that matches a name, and those that differ from it in numbers alone, as a word of a shell command."""
-    return quoted(re.sub(r"(?<=\.)\d+(?=\.)", "*", glob.escape(name)))
+    return quoted(glob_of_numbers(glob.escape(name)))

@@ -18,7 +18,7 @@ from surgery.format.manifest_records import Alias
 from surgery.format.options import Options
 from surgery.format.tensor_view import TensorView
 from surgery.format.views import Kind, Slice, View
-from surgery.names import FACTORIZABLE_DTYPES, WEIGHT_BITS, told_dtype
+from surgery.names import FACTORIZABLE_DTYPES, WEIGHT_BITS, glob_of_numbers, told_dtype
 from surgery.planning.fused import slices_of
 from surgery.planning.recipes import Recipe, Rule, recipe_for_family
 from surgery.planning.roles import kind_of, own_slices, why_no_linear
@@ -351,7 +351,7 @@ def near_misses(glob: str, names: Sequence[str]) -> str:
     """A few tensor names that the user may have meant, the first of each kind."""
     literal = re.sub(r"[*?\[\]]", "", glob)
     # Most names differ from others in the block index alone: one of each kind is compared.
-    kinds = {re.sub(r"\.\d+\.", ".*.", name): name for name in reversed(names)}
+    kinds = {glob_of_numbers(name): name for name in reversed(names)}
     parts = {part for name in names for part in name.split(".") if not part.isdigit()}
     near = difflib.get_close_matches(literal.strip("."), parts, n=2, cutoff=0.5)
     hits = [kind for kind in kinds if any(part in kind.split(".") for part in near)]
